@@ -1,0 +1,173 @@
+"""Finds the stages of a Hugging Face causal language model; refuses by name what this engine cannot run.
+
+The only file that may name a model family. It looks at module structure and configuration, never at weights, and
+runs on a model that lives on the `meta` device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+
+__all__ = ["TESTED", "Structure", "describe", "is_tested"]
+
+#: model types compared with transformers in this project's own tests
+TESTED = frozenset({"opt"})
+
+# Layer kinds of `config.layer_types` whose state is plain keys and values.
+_CACHE_KINDS = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The stages of a model: 0 is the embedding, 1..num_layers the decoder layers, num_layers + 1 the head.
+
+    Args:
+        model: the model, usually on `meta`.
+        layers_name: qualified name of the `ModuleList` of decoder layers, e.g. `"model.decoder.layers"`.
+    """
+
+    model: nn.Module
+    layers_name: str
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers in order."""
+        return list(self.model.get_submodule(self.layers_name).children())
+
+    @property
+    def num_stages(self) -> int:
+        """Decoder layers + 2."""
+        return len(self.layers) + 2
+
+    @property
+    def head_stage(self) -> int:
+        """Index of the head."""
+        return len(self.layers) + 1
+
+    @cached_property
+    def _head_names(self) -> tuple[str, ...]:
+        # A module outside the layers belongs to the head if it is the output embedding, or was registered after the
+        # layers. OPT registers its final norm and projection first; the executor learns such cases from the first
+        # sweep, here a wrong guess would only cost a sequential read.
+        names = [name for name, _ in self.outer_modules()]
+        after = _registered_after(self.model, self.layers_name)
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        modules = dict(self.model.named_modules())
+        return tuple(n for n in names if n in after or modules[n] is head)
+
+    def outer_modules(self) -> list[tuple[str, nn.Module]]:
+        """Modules outside the decoder layers that own parameters or persistent buffers, in registration order."""
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if not (name + ".").startswith(self.layers_name + ".") and owns_state(module)
+        ]
+
+    def locate(self, tensor_name: str) -> tuple[int, str]:
+        """Stage and part (`"embedding"`, `"attention"`, `"mlp"`, `"experts"` or `"head"`) of a state-dict name."""
+        if tensor_name.startswith(self.layers_name + "."):
+            index, rest = tensor_name[len(self.layers_name) + 1 :].split(".", 1)
+            return int(index) + 1, _part_of(rest)
+        module_name = tensor_name.rpartition(".")[0]
+        if module_name in self._head_names:
+            return self.head_stage, "head"
+        return 0, "embedding"
+
+    def stage_name(self, stage: int) -> str:
+        """`"embedding"`, `"layer 3"` (counted from 0) or `"head"`."""
+        if stage == 0:
+            return "embedding"
+        return "head" if stage == self.head_stage else f"layer {stage - 1}"
+
+
+def owns_state(module: nn.Module) -> bool:
+    """Whether a module itself, not a child, holds tensors that a checkpoint would carry."""
+    if any(p is not None for p in module._parameters.values()):
+        return True
+    skip = module._non_persistent_buffers_set
+    return any(b is not None and name not in skip for name, b in module._buffers.items())
+
+
+def describe(model: nn.Module) -> Structure:
+    """Finds the decoder layers of `model` and checks that they can be run one at a time.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder and multimodal models, models without one list of decoder layers, and
+            models whose layers keep a kind of state that is not keys and values.
+    """
+    config: Any = model.config
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only causal language models can be streamed")
+    if any(key in vars(config) for key in ("vision_config", "audio_config")):
+        raise UnsupportedModelError(f"{name} is multimodal; load its text model (for example its *ForCausalLM class)")
+    structure = Structure(model, _find_layers(model))
+    _check_state(model)
+    return structure
+
+
+def is_tested(model_type: str) -> bool:
+    """Whether this project's tests compare the family with transformers."""
+    return model_type in TESTED
+
+
+def _find_layers(model: nn.Module) -> str:
+    config: Any = model.config
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    found = [n for n, m in lists if type(m[0]).__name__ in no_split]
+    if not found and lists:
+        found = [max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(found)} lists of {count} decoder layers ({', '.join(found) or 'none'}), "
+            "not one; models of this build cannot be streamed"
+        )
+    return str(found[0])
+
+
+def _check_state(model: nn.Module) -> None:
+    whole: Any = model.config
+    config: Any = whole.get_text_config(decoder=True)
+    name = type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if strange := sorted(kinds - _CACHE_KINDS):
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(strange)}, whose state is not keys and values; "
+            "this version runs full and sliding attention"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(f"{name} keeps state of its own kind between tokens; it cannot be streamed")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}.forward has no past_key_values; its cache is of another kind and cannot be streamed"
+        )
+
+
+def _registered_after(model: nn.Module, layers_name: str) -> set[str]:
+    """Names of modules outside the layers that `named_modules` yields after them."""
+    after: set[str] = set()
+    seen = False
+    for name, _ in model.named_modules():
+        if name == layers_name:
+            seen = True
+        elif seen and not name.startswith(layers_name + "."):
+            after.add(name)
+    return after
+
+
+def _part_of(name_in_layer: str) -> str:
+    """Part of a tensor inside a layer, from the generic words of its module path."""
+    path = name_in_layer.rpartition(".")[0]
+    if re.search(r"(^|\.)experts(\.|$)", path):
+        return "experts"
+    return "attention" if re.search(r"att(e)?n", path) else "mlp"

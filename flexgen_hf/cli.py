@@ -1,0 +1,274 @@
+"""The command line: reads options, calls the library, prints. Every decision is the library's.
+
+Percent, sizes as text and the original's spellings of options exist here only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from conversion.commands import convert_command, verify_command
+
+from . import __version__
+from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
+from .policy import Policy
+
+__all__ = ["app", "main", "parse_max_memory", "parse_policy", "read_prompts"]
+
+app = typer.Typer(
+    name="flexgen-hf",
+    help="Generates text with models that do not fit on the accelerator, or not in RAM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("convert")(convert_command)
+app.command("verify")(verify_command)
+
+_Percents = tuple[float, float, float, float, float, float]
+
+
+def main() -> NoReturn:
+    """The entry point `flexgen-hf`: an error of ours is one line on stderr and exit code 1."""
+    try:
+        app()
+    except FlexGenError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flexgen-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Generates text with models that do not fit on the accelerator, or not in RAM."""
+
+
+@app.command()
+def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
+    model: Annotated[str, typer.Argument(help="Hub id, model folder, or converted store.", metavar="MODEL")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be given many times.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="File with one prompt a line; `-` reads standard input.", allow_dash=True)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt.")] = 32,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option("--do-sample/--greedy", help="Sample, or take the likeliest token.", show_default="the model's"),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this much of the probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of a beam search.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Where weights, cache and hidden states live: six percentages (each on device and host, "
+            "the rest on disk), for example `20 80 0 100 0 100`, or a policy's JSON file."
+        ),
+    ] = None,
+    percent: Annotated[
+        _Percents | None,
+        typer.Option(help="The six percentages as six arguments.", metavar="W W C C H H"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "--gpu-batch-size", help="Sequences of a micro-batch."),
+    ] = None,
+    num_batches: Annotated[
+        int | None,
+        typer.Option("--num-batches", "--num-gpu-batches", help="Micro-batches that share each loaded layer."),
+    ] = None,
+    overlap: Annotated[
+        bool | None,
+        typer.Option("--overlap/--no-overlap", help="Move data while computing.", show_default="overlap"),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Limit of each tier, for example `0=14GiB,cpu=180GiB,disk=1TiB`.")
+    ] = None,
+    offload_folder: Annotated[Path | None, typer.Option(help="Folder of the disk tier.", file_okay=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Element type: float16, bfloat16, float32.", show_default="the checkpoint's")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Show the policy and what moved, on stderr.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON lines with `prompt` and `text` here.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Writes on after each prompt, the prompts run as blocks."""
+    prompts = read_prompts(prompt or [], prompts_file)
+    loading = _given(
+        policy=parse_policy(policy, percent, batch_size=batch_size, num_batches=num_batches, overlap=overlap),
+        max_memory=parse_max_memory(max_memory) if max_memory else None,
+        offload_folder=str(offload_folder) if offload_folder else None,
+        dtype=dtype,
+        revision=revision,
+    )
+    if do_sample is None and (temperature, top_p, top_k) != (None, None, None):
+        do_sample = True
+    sampling = _given(do_sample=do_sample, temperature=temperature, top_p=top_p, top_k=top_k, num_beams=num_beams)
+    _refuse_missing_folder(model)
+    tokenizer, loaded = _load(model, loading)
+    with loaded:
+        texts = _complete(loaded, tokenizer, prompts, seed, max_new_tokens=max_new_tokens, **sampling)
+        if report:
+            typer.echo(str(loaded.last_run), err=True)
+    _write(prompts, texts, output)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="`auto` (the best within reach), `opt-125m`, `smollm2` or `tiny-opt`.")
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt.")] = 32,
+) -> None:
+    """Runs the whole path on a real trained model: convert, verify, load over three tiers, generate, report."""
+    from . import demo as path
+
+    _hide_loading_bar()
+    path.run(
+        model,
+        typer.echo,
+        convert=convert_command,
+        verify=verify_command,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def parse_policy(text: str | None, percents: _Percents | None = None, **fields: Any) -> Policy | None:
+    """The policy that the options describe, or `None` if they say nothing.
+
+    Args:
+        text: six percentages, a JSON file's path, or JSON text.
+        percents: six percentages, as an alternative to `text`.
+        fields: other fields of `Policy`; `None` is not given.
+
+    Raises:
+        PolicyError: both spellings, or something that cannot be meant.
+    """
+    if text is not None and percents is not None:
+        raise PolicyError("--policy and --percent say the same thing; give one of them")
+    fields = _given(**fields)
+    if percents is not None:
+        return Policy.parse(percents, **fields)
+    if text is not None:
+        return Policy.of(text, **fields)
+    return Policy.from_dict(fields) if fields else None
+
+
+def parse_max_memory(text: str) -> dict[int | str, str]:
+    """Accelerate's `max_memory` from `"0=14GiB,cpu=180GiB,disk=1TiB"`; a number is an accelerator.
+
+    Raises:
+        PolicyError: a part that is not `NAME=SIZE`.
+    """
+    limits: dict[int | str, str] = {}
+    for part in text.split(","):
+        name, equals, size = (word.strip() for word in part.partition("="))
+        if not (name and equals and size):
+            raise PolicyError(f"--max-memory: {part!r} is not NAME=SIZE; write for example '0=14GiB,cpu=180GiB'")
+        limits[int(name) if name.isdecimal() else name] = size
+    return limits
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line and then those of the file, one a line; empty lines are left out.
+
+    Raises:
+        FlexGenError: the file cannot be read, or there is no prompt at all.
+    """
+    lines: list[str] = []
+    if file is not None:
+        try:
+            lines = (sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FlexGenError(f"--prompts-file: cannot read {str(file)!r} ({error})") from error
+    prompts = given + [line for line in lines if line.strip()]
+    if not prompts:
+        raise FlexGenError("no prompt; give --prompt TEXT, or --prompts-file FILE with one a line")
+    return prompts
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given: an absent one keeps the library's own default."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_missing_folder(model: str) -> None:
+    # transformers would take such a path for a Hub id and say so at length
+    path = Path(model).expanduser()
+    if (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2) and not path.is_dir():
+        raise StoreError(f"no folder {model!r}; give a Hub id, a model folder, or a store made by 'flexgen-hf convert'")
+
+
+def _load(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Tokenizer and model; what transformers raises for a wrong name or type becomes one line."""
+    from transformers import AutoConfig
+
+    from . import FlexGenForCausalLM
+    from .text import load_tokenizer
+
+    _hide_loading_bar()
+    source = str(Path(model).expanduser()) if model.startswith("~") else model
+    hub_options = _given(revision=options.get("revision"))
+    try:
+        # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
+        AutoConfig.from_pretrained(source, **hub_options)
+        tokenizer = load_tokenizer(source, **hub_options)
+        return tokenizer, FlexGenForCausalLM.from_pretrained(source, **options)
+    except FlexGenError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot load {model!r}: {_one_line(error)}") from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModelError(f"cannot load {model!r}: {_one_line(error)}") from error
+
+
+def _hide_loading_bar() -> None:
+    # transformers would show the progress of a loading that is not its own, and so an empty bar
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _complete(model: Any, tokenizer: Any, prompts: list[str], seed: int | None, **generation: Any) -> list[str]:
+    from .text import complete
+
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    return complete(model, tokenizer, prompts, **generation)
+
+
+def _write(prompts: list[str], texts: list[str], output: Path | None) -> None:
+    if output is None:
+        for prompt, text in zip(prompts, texts, strict=True):
+            typer.echo(f"> {prompt}\n{text}\n")
+        return
+    lines = (json.dumps({"prompt": p, "text": t}, ensure_ascii=False) for p, t in zip(prompts, texts, strict=True))
+    try:
+        output.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    except OSError as error:
+        raise FlexGenError(f"--output: cannot write {str(output)!r} ({error.strerror})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,526 @@
+"""Runs the schedule: the only file where storage, weights, cache, hidden states and a model's layers meet.
+
+Each micro-batch runs Hugging Face's own forward in a coroutine. A decoder layer's call suspends it; the schedule's
+compute steps resume the right one in the right order. Nothing inside the model is split or written anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import greenlet
+import torch
+from torch import nn
+
+from .architectures import Structure
+from .errors import UnsupportedModelError
+from .hidden_states import HiddenStates
+from .kv_cache import BlockCache
+from .planning.placement import assign
+from .planning.schedule import Lane, Route, Step, StepId, Traffic, What, prefetch, zigzag
+from .policy import Policy, Tier
+from .report import RunReport, SweepRecord
+from .storage.lanes import Lanes, LaneUse, Ticket
+from .storage.workspace import Workspace
+from .weights.store import WeightStore
+
+__all__ = ["Executor", "merge"]
+
+_TRANSFER_LANES = tuple(lane.value for lane in Lane if lane is not Lane.COMPUTE)
+
+
+class _Row(greenlet.greenlet):
+    """The coroutine of one micro-batch."""
+
+    def __init__(self, run: Callable[[], Any], batch: int) -> None:
+        super().__init__(run)
+        self.batch = batch
+        self.at = 0  # the stage it is suspended before; 0 before it started
+        self.result: Any = None
+        # Output capturing and similar features of transformers keep their state in context variables.
+        self.gr_context = contextvars.copy_context()
+
+    def suspend(self, stage: int) -> None:
+        """Hands control back to the executor until `stage` is due for this micro-batch."""
+        assert self.parent is not None
+        self.parent.switch(stage)
+
+
+class Executor:
+    """Runs blocks of sequences through a model whose weights live in tiers.
+
+    Args:
+        model: the Hugging Face model; its layers, input and output embeddings get an entry point of ours.
+        structure: where its stages are.
+        weights: the store.
+        policy: placements, block shape, overlap.
+        space: where it computes and keeps its bytes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        weights: WeightStore,
+        policy: Policy,
+        space: Workspace,
+    ) -> None:
+        self.model, self.structure, self.weights, self.policy = model, structure, weights, policy
+        self.space = space
+        #: called in each lane before each step; tests inject delays and errors here
+        self.before_step: Callable[[str, Any], None] | None = None
+        self.last_run: RunReport | None = None
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._sweep = 0
+        self._tickets: dict[StepId, Ticket] = {}
+        self._weight_slots: dict[tuple[int, int], int] = {}  # (sweep, stage) -> slot
+        self._outer_loaded = False
+        self._lanes: Lanes | None = None
+        self._hidden: HiddenStates | None = None
+        self._cache: BlockCache | None = None  # held as long as lanes may write to it
+        self._uses: dict[str, LaneUse] = {}
+        self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
+        self._parameters = _ParameterTable(model)
+        self._parameters.install_resident(weights)
+        self._patch()
+
+    # ------------------------------------------------------------------------------------------------------- a session
+    @contextlib.contextmanager
+    def session(self) -> Iterator[RunReport]:
+        """Lanes and temporary files live inside; a `generate` call is one session. Sessions nest.
+
+        When an error passes through, lanes are stopped and what is temporary is dropped; the next session starts anew.
+        """
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._open()
+            assert self.last_run is not None
+            try:
+                yield self.last_run
+                if self._depth == 1:
+                    self.settle()
+            except BaseException:
+                self._abort()
+                raise
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._close()
+
+    def _open(self) -> None:
+        self._uses = {lane.value: LaneUse() for lane in Lane}
+        self.space.ledger.reset_peaks()
+        self.last_run = RunReport(policy=self.policy, lanes=self._uses)
+        self.last_run.placement["weights"] = self.weights.placement
+        self._started = time.perf_counter()
+
+    def _close(self) -> None:
+        assert self.last_run is not None
+        if self._lanes is not None:
+            self._lanes.close()
+            self._lanes = None
+        self._cache = None
+        if self._hidden is not None:
+            self._hidden.close()
+            self._hidden = None
+        self.last_run.elapsed_s = time.perf_counter() - self._started
+        self.last_run.peak_bytes = self.space.ledger.peaks()
+        self.last_run.peak_rss_bytes = _peak_rss_bytes()
+
+    def _abort(self) -> None:
+        """Stops the lanes where they are and forgets what was on its way."""
+        for ticket in self._tickets.values():
+            ticket.finish(InterruptedError("the run was stopped"))
+        if self._lanes is not None:
+            self._lanes.close(cancel=True)
+            self._lanes = None
+        self._tickets.clear()
+        self._weight_slots.clear()
+        self._outer_loaded = False
+        self._sweep += 1
+        self._parameters.clear()
+
+    def settle(self) -> None:
+        """Waits until no lane moves anything; raises the first error."""
+        for ticket in list(self._tickets.values()):
+            ticket.wait()
+
+    def close(self) -> None:
+        """Gives back the weights' memory and files."""
+        with self._lock:
+            self._abort()
+            self._parameters.clear(resident=True)
+            self.weights.close()
+
+    # --------------------------------------------------------------------------------------------------------- a sweep
+    def run(
+        self,
+        bodies: Sequence[Callable[[], Any]],
+        cache: BlockCache | None,
+        *,
+        rows: int,
+        tokens: int,
+        keep_hidden: bool,
+    ) -> list[Any]:
+        """Runs one forward per micro-batch, layer by layer over all of them.
+
+        Args:
+            bodies: the forward of each micro-batch.
+            cache: their cells, if they have any.
+            rows: sequences in all.
+            tokens: new tokens of each.
+            keep_hidden: the caller wants the hidden states of every layer, so they stay where they are.
+
+        Returns:
+            What each body returned.
+        """
+        with self.session() as report:
+            started = time.perf_counter()
+            fresh = cache is None or cache.get_seq_length() == 0
+            if cache is not self._cache:
+                self.settle()  # the last writes of the cache before go to memory that ends with it
+                self._cache = cache
+            if cache is not None:
+                cache.settle = self.settle
+                cache.prepare_sweep()
+                report.placement["cache"] = cache.placement()
+            hidden = self._hidden_states(len(bodies), keep_hidden)
+            coroutines = [_Row(body, batch) for batch, body in enumerate(bodies)]
+            try:
+                # Nothing is loaded ahead for a sweep that will not come: the cache is as long as it was meant to get.
+                last = cache is None or cache.get_seq_length() + tokens >= cache.capacity
+                self._execute(self._traffic(cache, hidden, fresh), coroutines, cache, hidden, last)
+            finally:
+                _end(coroutines)
+            report.sweeps.append(SweepRecord(rows, tokens, time.perf_counter() - started, fresh))
+            return [coroutine.result for coroutine in coroutines]
+
+    def _traffic(self, cache: BlockCache | None, hidden: HiddenStates, fresh: bool) -> Traffic:
+        batches = range(len(hidden.homes))
+        nothing = tuple(Route() for _ in batches)
+        routes = list(self.weights.routes())
+        if self._outer_loaded:
+            routes[0] = Route()
+        layers = [
+            tuple(cache.children[k].cells[layer].route for k in batches) if cache is not None else nothing
+            for layer in range(len(self.structure.layers))
+        ]
+        return Traffic(
+            weights=tuple(routes),
+            cache=(nothing, *layers, nothing),
+            hidden=tuple(hidden.route(k) for k in batches),
+            fresh_cache=fresh,
+            tied=self.weights.tied,
+        )
+
+    def _execute(
+        self, traffic: Traffic, coroutines: list[_Row], cache: BlockCache | None, hidden: HiddenStates, last: bool
+    ) -> None:
+        sweep = self._sweep
+        work: list[Step] = []
+        for step in zigzag(traffic, sweep, rings=self.space.rings, overlap=self.policy.overlap):
+            if step.id in self._tickets:
+                continue  # loaded ahead by the sweep before
+            if step.id.lane is Lane.COMPUTE:
+                self._tickets[step.id] = Ticket(step.id)
+                work.append(step)
+            else:
+                self._submit(step, cache, hidden)
+        if traffic.tied and traffic.weights[0].moves:
+            self._outer_loaded = True
+            self._weight_slots[-1, 0] = self._weight_slots[sweep, 0]
+        if self.policy.overlap and not last:
+            following = self._traffic(cache, hidden, fresh=False)
+            for step in prefetch(following, sweep + 1, rings=self.space.rings):
+                self._submit(step, cache, hidden)
+        for step in work:
+            self._compute(step, coroutines, cache)
+        self._sweep += 1
+        self._prune()
+
+    def _submit(self, step: Step, cache: BlockCache | None, hidden: HiddenStates) -> None:
+        if self._lanes is None:
+            self._lanes = Lanes(_TRANSFER_LANES, before_step=self.before_step, uses=self._uses)
+        if step.id.what is What.WEIGHTS:
+            self._weight_slots[step.id.sweep, step.id.stage] = step.slot
+        work = self._transfer(step, cache, hidden)
+        self._tickets[step.id] = self._lanes.submit(step.id.lane.value, step.id, work, self._awaited(step))
+
+    def _awaited(self, step: Step) -> list[Ticket]:
+        """The tickets of what a step waits for. What is no longer listed is from a sweep that was waited for."""
+        for name in step.after:
+            assert name in self._tickets or name.sweep < self._sweep, f"{step.id} waits for {name}, which is not listed"
+        return [self._tickets[name] for name in step.after if name in self._tickets]
+
+    def _transfer(self, step: Step, cache: BlockCache | None, hidden: HiddenStates) -> Callable[[], int]:
+        """The function that moves what a step names."""
+        _, lane, what, stage, batch = step.id
+        verb = _VERBS[lane]
+        if what is What.WEIGHTS:
+            return functools.partial(getattr(self.weights, verb), stage, step.slot)
+        if what is What.CACHE:
+            assert cache is not None
+            return functools.partial(getattr(cache.children[batch].cells[stage - 1], verb), step.slot)
+        if verb in ("read", "push"):
+            return functools.partial(getattr(hidden, verb), batch, step.slot)
+        return functools.partial(getattr(hidden, verb), batch)
+
+    def _compute(self, step: Step, coroutines: list[_Row], cache: BlockCache | None) -> None:
+        _, _, _, stage, batch = step.id
+        for ticket in self._awaited(step):
+            ticket.wait()
+        started = time.perf_counter()
+        if self.before_step is not None:
+            self.before_step(Lane.COMPUTE.value, step.id)
+        if batch == 0:
+            self._install(stage)
+        if cache is not None and 0 < stage < self.structure.head_stage:
+            cache.children[batch].cells[stage - 1].bind(step.slot)
+        self._resume(coroutines[batch], stage)
+        if batch == len(coroutines) - 1:
+            self._uninstall(stage)
+        use = self._uses[Lane.COMPUTE.value]
+        use.busy_s += time.perf_counter() - started
+        use.steps += 1
+        self._tickets[step.id].finish(event=self._event())
+
+    def _resume(self, coroutine: _Row, stage: int) -> None:
+        """Runs a micro-batch from the stage it is suspended before to the next one."""
+        if coroutine.dead:
+            if stage == self.structure.head_stage:
+                return  # the model has no module for its head, or nobody asked for logits
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} ended its forward before {self.structure.stage_name(stage)}; models that "
+                "skip layers cannot be streamed"
+            )
+        if coroutine.at != stage:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} wants to run {self.structure.stage_name(coroutine.at)} when "
+                f"{self.structure.stage_name(stage)} is due; models that skip, repeat or reorder layers cannot be "
+                "streamed"
+            )
+        result = coroutine.switch()
+        if bool(coroutine):  # suspended before its next stage
+            coroutine.at = result
+        else:
+            coroutine.result = result
+
+    # ------------------------------------------------------------------------------------------ inside the model's code
+    def _patch(self) -> None:
+        for index, layer in enumerate(self.structure.layers):
+            layer.__dict__["flexgen_forward"] = layer.forward
+            layer.__dict__["forward"] = functools.partial(self._enter_layer, index + 1, layer)
+        model: Any = self.model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if embedding is not None:
+            embedding.__dict__["flexgen_forward"] = embedding.forward
+            embedding.__dict__["forward"] = functools.partial(self._enter_embedding, embedding)
+        if head is not None and head is not embedding:
+            head.__dict__["flexgen_forward"] = head.forward
+            head.__dict__["forward"] = functools.partial(self._enter_head, head)
+
+    def _enter_layer(self, stage: int, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        coroutine = self._current(f"layer {stage - 1}")
+        coroutine.suspend(stage)
+        hidden = self._hidden
+        assert hidden is not None
+        args, kwargs = hidden.restore(coroutine.batch, args, kwargs)
+        output = layer.flexgen_forward(*args, **kwargs)
+        if stage == self.structure.head_stage - 1:
+            return output
+        return hidden.park(coroutine.batch, output)
+
+    def _enter_head(self, head: Any, *args: Any, **kwargs: Any) -> Any:
+        coroutine = self._current("the head")
+        if coroutine.at != self.structure.head_stage:
+            coroutine.suspend(self.structure.head_stage)
+        return head.flexgen_forward(*args, **kwargs)
+
+    def _enter_embedding(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(greenlet.getcurrent(), _Row):
+            return embedding.flexgen_forward(*args, **kwargs)
+        # Callers may embed tokens themselves, to pass inputs_embeds.
+        with self.session():
+            self.settle()
+            arrived = self._outer_loaded or (self._sweep, 0) in self._weight_slots
+            if self.weights.routes()[0].moves and not arrived:
+                self.weights.fetch_now(0, 0)
+                self._weight_slots[self._sweep, 0] = 0
+            self._install(0)
+            try:
+                return embedding.flexgen_forward(*args, **kwargs)
+            finally:
+                self._uninstall(0)
+
+    def _current(self, what: str) -> _Row:
+        current = greenlet.getcurrent()
+        if not isinstance(current, _Row):
+            raise UnsupportedModelError(f"{what} was called outside of the model's forward; its weights are not loaded")
+        return current
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+    def _install(self, stage: int) -> None:
+        source = self._weights_stage(stage)
+        self._parameters.install(source, self.weights.tensors(source, self._weights_slot(source)))
+        if stage not in self._checked:
+            # torch can multiply by a tensor on `meta` without an error and return garbage, so this is looked at once.
+            self._parameters.check_complete(self._modules_of(stage), self.structure.stage_name(stage))
+            self._checked.add(stage)
+
+    def _uninstall(self, stage: int) -> None:
+        if not (self.weights.tied and stage in (0, self.structure.head_stage)):
+            self._parameters.uninstall(stage)
+
+    def _modules_of(self, stage: int) -> list[nn.Module]:
+        model: Any = self.model
+        if 0 < stage < self.structure.head_stage:
+            return [self.structure.layers[stage - 1]]
+        head = model.get_output_embeddings()
+        if stage == self.structure.head_stage:
+            return [] if head is None else [head]
+        return [module for _, module in self.structure.outer_modules() if module is not head]
+
+    def _weights_stage(self, stage: int) -> int:
+        return 0 if self.weights.tied and stage == self.structure.head_stage else stage
+
+    def _weights_slot(self, stage: int) -> int:
+        if stage == 0 and self._outer_loaded:
+            return self._weight_slots[-1, 0]
+        return self._weight_slots.get((self._sweep, stage), -1)
+
+    def _hidden_states(self, batches: int, keep: bool) -> HiddenStates:
+        homes = [Tier.DEVICE] * batches
+        if not keep:
+            placed = assign([(k, 1) for k in range(batches)], self.policy.hidden)
+            homes = [placed[k] for k in range(batches)]
+        if self._hidden is None or self._hidden.homes != homes:
+            if self._hidden is not None:
+                self.settle()
+                self._hidden.close()
+            self._hidden = HiddenStates(homes, self.space)
+        return self._hidden
+
+    def _event(self) -> Any:
+        """On a device that computes asynchronously, an event after everything issued so far."""
+        if self.space.is_direct:
+            return None
+        event = torch.Event(self.space.device)
+        event.record()
+        return event
+
+    def _prune(self) -> None:
+        """Forgets tickets and slots of sweeps that nothing can wait for any more."""
+        for name in [n for n in self._tickets if n.sweep < self._sweep - 1]:
+            self._tickets.pop(name).wait()
+        for key in [k for k in self._weight_slots if 0 <= k[0] < self._sweep]:
+            del self._weight_slots[key]
+
+
+_VERBS = {
+    Lane.DISK_TO_HOST: "read",
+    Lane.HOST_TO_DEVICE: "push",
+    Lane.DEVICE_TO_HOST: "pull",
+    Lane.HOST_TO_DISK: "write",
+}
+
+
+class _ParameterTable:
+    """Where each tensor of the model is held: the dictionaries of its modules.
+
+    Tensors are put straight into `module._parameters`: no new Parameter, no functional call. When they are taken out,
+    the model's own `meta` parameters are back, so counting parameters stays truthful.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self._placeholders: dict[str, Any] = {}
+        names: dict[int, str] = {}
+        for prefix, module in model.named_modules():
+            for store, skip in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set)):
+                for key, value in store.items():
+                    if value is None or key in skip:
+                        continue
+                    name = names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
+                    self._places.setdefault(name, []).append((store, key))
+                    self._places[f"{prefix}.{key}" if prefix else key] = self._places[name]
+                    self._placeholders[name] = self._placeholders[f"{prefix}.{key}" if prefix else key] = value
+        self._installed: dict[int, list[str]] = {}
+        self._resident: list[str] = []
+
+    def install_resident(self, weights: WeightStore) -> None:
+        for name, value in weights.resident():
+            self._put(name, value)
+            self._resident.append(name)
+
+    def install(self, stage: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if stage in self._installed:
+            return
+        self._installed[stage] = []
+        for name, value in tensors:
+            self._put(name, value)
+            self._installed[stage].append(name)
+
+    def uninstall(self, stage: int) -> None:
+        for name in self._installed.pop(stage, ()):
+            self._put(name, self._placeholders[name])
+
+    def clear(self, resident: bool = False) -> None:
+        for stage in list(self._installed):
+            self.uninstall(stage)
+        if resident:
+            for name in self._resident:
+                self._put(name, self._placeholders[name])
+            self._resident = []
+
+    def check_complete(self, modules: list[nn.Module], where: str) -> None:
+        for module in modules:
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.device.type == "meta":
+                    raise RuntimeError(f"{where}: {name} has no weights when it is about to run")
+
+    def _put(self, name: str, value: Any) -> None:
+        for store, key in self._places[name]:
+            store[key] = value
+
+
+def _end(coroutines: list[_Row]) -> None:
+    """Ends coroutines that an error left suspended, so that they give back what they hold."""
+    for coroutine in coroutines:
+        if not coroutine.dead and bool(coroutine):
+            coroutine.throw(greenlet.GreenletExit)
+
+
+def _peak_rss_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def merge(outputs: list[Any], cache: Any) -> Any:
+    """Joins what the micro-batches returned, field by field, along the first axis."""
+    from transformers.cache_utils import Cache
+    from transformers.utils.generic import ModelOutput
+
+    first = outputs[0]
+    if isinstance(first, Cache):
+        return cache
+    if isinstance(first, ModelOutput):
+        return type(first)(**{key: merge([o[key] for o in outputs], cache) for key in first})
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs) if first.ndim else torch.stack(outputs).mean()
+    if isinstance(first, (tuple, list)):
+        return type(first)(merge(list(values), cache) for values in zip(*outputs, strict=True))
+    return first

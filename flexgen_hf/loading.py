@@ -1,0 +1,387 @@
+"""How a model gets here: the quantization method `"flexgen"` in transformers' own registry.
+
+transformers' `from_pretrained` does what it always does (Hub, revisions, shards, dtype, generation config). Our hook
+before it loads weights takes every tensor out of its hands and notes where its bytes lie; the hook after it gives the
+model our class and an executor. One of the two files that touch transformers' less public names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int, get_max_memory
+from huggingface_hub import cached_assets_path
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .architectures import Structure, describe, is_tested
+from .checkpoints import CheckpointTensor, plan_shards, read_checkpoint, source_fingerprint, target_dtype
+from .errors import CapacityError, PolicyError, StoreError, UnsupportedModelError
+from .executor import Executor
+from .modeling import attach
+from .planning.placement import assign, fill
+from .planning.schedule import Rings
+from .policy import Compression, Placement, Policy, Tier
+from .storage.files import check_offload_folder
+from .storage.ledger import Ledger, gib
+from .storage.workspace import Workspace
+from .weights.format import FORMAT_VERSION, Manifest, TensorExtent, is_store, read_header
+from .weights.store import StoredTensor, WeightStore
+from .weights.writer import Origin, write_store
+
+__all__ = ["METHOD", "register"]
+
+METHOD = "flexgen"
+
+logger = logging.getLogger(__name__)
+
+# Of the room that a tier has, this part may be filled with weights when no placement is given; the rest is for slots,
+# cache and hidden states.
+_WEIGHTS_PART_OF_ROOM = 0.6
+
+
+def register() -> None:
+    """Makes transformers know the method `"flexgen"`. Calling it again does nothing."""
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(METHOD)(FlexGenConfig)
+    register_quantizer(METHOD)(FlexGenHfQuantizer)
+    _let_load_time_win()
+
+
+def _let_load_time_win() -> None:
+    """What is given at load wins over what config.json holds; transformers would ignore or refuse the former."""
+    merge = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(merge)
+    def merged(cls: Any, stored: Any, given: Any) -> Any:
+        if _method(given) != METHOD:
+            return merge(cls, stored, given)
+        if _method(stored) != METHOD:
+            raise UnsupportedModelError(
+                f"the checkpoint is already quantized with {_method(stored)!r}, which this engine cannot stream; "
+                "load the 16-bit checkpoint it was made from"
+            )
+        options = {**_options(stored), **{k: v for k, v in _options(given).items() if v is not None}}
+        return FlexGenConfig(**options)
+
+    AutoHfQuantizer.merge_quantization_configs = classmethod(merged)  # type: ignore[method-assign,assignment]
+
+
+def _method(config: Any) -> str | None:
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method)
+
+
+def _options(config: Any) -> dict[str, Any]:
+    options = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return {name: value for name, value in options.items() if name != "quant_method"}
+
+
+class FlexGenConfig(QuantizationConfigMixin):
+    """What `quantization_config={"quant_method": "flexgen", ...}` may hold; plain JSON values are enough.
+
+    Args:
+        policy: a Policy, its dict, JSON text or file, or the original's six percentages; None fills the fastest tiers.
+        batch_size: overrides the policy's.
+        num_batches: overrides the policy's.
+        compression: "4bit", a Compression or its dict, or None.
+        max_memory: bytes (or "14GiB") for 0 (the device), "cpu" and "disk".
+        offload_folder: where cells and hidden states on disk go, and converted weights.
+        device: where to compute; by default the accelerator, else the CPU.
+        format_version: written into stores.
+
+    Raises:
+        PolicyError: an unknown option.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917  one argument per key of the dict
+        self,
+        policy: Any = None,
+        batch_size: int | None = None,
+        num_batches: int | None = None,
+        compression: Any = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        offload_folder: str | None = None,
+        device: str | None = None,
+        format_version: int | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise PolicyError(
+                f"quantization_config: unknown option {sorted(unknown)[0]!r}; known are policy, batch_size, "
+                "num_batches, compression, max_memory, offload_folder, device"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.policy, self.batch_size, self.num_batches = policy, batch_size, num_batches
+        self.compression, self.max_memory = compression, max_memory
+        self.offload_folder, self.device, self.format_version = offload_folder, device, format_version
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json keeps: the method and the format. A policy belongs to a machine, not to a checkpoint."""
+        return {"quant_method": METHOD, "format_version": self.format_version or FORMAT_VERSION}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same."""
+        return self.to_dict()
+
+
+class FlexGenHfQuantizer(HfQuantizer):
+    """The two hooks through which transformers' own `from_pretrained` loads a model into our tiers."""
+
+    quantization_config: FlexGenConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if isinstance(quantization_config, Mapping):
+            quantization_config = FlexGenConfig(**quantization_config)
+        super().__init__(quantization_config, **kwargs)
+        self._tensors: list[StoredTensor] = []
+        self._hook: Any = None
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: weights come and go."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """True: `save_pretrained` writes a store."""
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Refuses a device_map: the policy places the weights."""
+        if device_map not in (None, "auto", "cpu", {"": "cpu"}):
+            raise PolicyError(f"device_map={device_map!r}: the policy places the weights; leave device_map out")
+        return None
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+    ) -> Any:
+        if not checkpoint_files:
+            raise UnsupportedModelError("flexgen_hf loads checkpoints from files; a state_dict cannot be streamed")
+        options = self.quantization_config
+        if Compression.of(options.compression) or (options.policy is not None and _policy(options).compression):
+            raise UnsupportedModelError("compression is not available in this version; leave compression out")
+        self._structure = describe(model)
+        if not is_tested(model.config.model_type):
+            logger.warning(
+                "%s: model type %r is not among the families that flexgen_hf is tested with; compare a few outputs "
+                "with plain transformers",
+                type(model).__name__,
+                model.config.model_type,
+            )
+        files = [Path(file) for file in checkpoint_files]
+        _check_store(files)
+        folder = _offload_folder(options)
+        found = read_checkpoint(model, files, dtype)
+        extents = _with_extents(found, self._structure, files, dtype or model.dtype, folder)
+        self._tensors = [
+            StoredTensor(name, self._structure.locate(name)[0], extent, target_dtype(model, name, dtype or model.dtype))
+            for name, extent in extents.items()
+        ]
+        self._hide(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        self._hook.remove()
+        if self._own_ignore is None:
+            del model._keys_to_ignore_on_load_unexpected
+        else:
+            model._keys_to_ignore_on_load_unexpected = self._own_ignore
+        self._tie(model)
+        build(model, self._structure, self._tensors, self.quantization_config)
+        return model
+
+    def _tie(self, model: Any) -> None:
+        """Ties what the checkpoint holds once. transformers leaves that out while both sides are on `meta`."""
+        held = {tensor.name for tensor in self._tensors}
+        for target, source in model.all_tied_weights_keys.items():
+            if target not in held:
+                owner, _, name = target.rpartition(".")
+                setattr(model.get_submodule(owner), name, model.get_parameter_or_buffer(source))
+
+    def _hide(self, model: Any) -> None:
+        """Keeps transformers' loader from reading anything: no name is expected, every name may be unexpected."""
+        self._hook = model.register_state_dict_post_hook(lambda _m, state, _prefix, _meta: state.clear())
+        self._own_ignore = model.__dict__.get("_keys_to_ignore_on_load_unexpected")
+        model._keys_to_ignore_on_load_unexpected = {""}
+
+
+# ------------------------------------------------------------------------------------------------- the checkpoint
+def _check_store(files: Sequence[Path]) -> None:
+    """A store of ours says what its shards must be like; a shard that is not is refused before anything is read."""
+    for folder in {file.parent.parent for file in files if file.parent.name == "shards"}:
+        if is_store(folder):
+            Manifest.load(folder).check_files(folder)
+
+
+def _with_extents(
+    found: Mapping[str, CheckpointTensor], structure: Structure, files: Sequence[Path], dtype: torch.dtype, folder: Path
+) -> dict[str, TensorExtent]:
+    """Where each tensor's bytes lie. A checkpoint whose bytes do not lie in safetensors as needed is converted once."""
+    extents = {name: tensor.extent for name, tensor in found.items() if tensor.extent is not None}
+    if len(extents) == len(found):
+        return extents
+    fingerprint = source_fingerprint(files)
+    label = re.sub(r"\W+", "-", str(getattr(structure.model.config, "name_or_path", ""))).strip("-")[-60:]
+    out = folder / f"converted-{label}-{fingerprint[:12]}-{str(dtype).removeprefix('torch.')}"
+    logger.info("%d tensors cannot be used where they lie; converting once into %s", len(found) - len(extents), out)
+    dtypes = {name: target_dtype(structure.model, name, dtype) for name in found}
+    plans = plan_shards(structure, found, dtypes)
+    origin = Origin(str(files[0].parent), None, str(dtype).removeprefix("torch."), fingerprint)
+    manifest = write_store(out, plans, origin)
+    return {name: extent for shard in manifest.shards for name, extent in read_header(out / shard.file).items()}
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], options: FlexGenConfig) -> None:
+    """Places the weights and gives the model an executor.
+
+    Raises:
+        CapacityError: the placement does not fit `max_memory`.
+        PolicyError: the policy cannot be meant.
+    """
+    device = _device(options)
+    limits, shared = _limits(options, device)
+    ledger = Ledger(limits, shared=shared)
+    if options.policy is not None:
+        policy = _policy(options)
+    else:
+        policy = _default_policy(tensors, options, device, limits, shared)
+    rings = Rings() if policy.overlap else Rings(layers=1, cache=1, hidden=1)
+    tables = _streamable_outer(structure)
+    streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
+    fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
+    space = Workspace(ledger, device, _offload_folder(options), rings)
+    homes = assign([(t.name, t.stored_bytes) for t in tensors], policy.weights, fixed)
+    _check_disk(tensors, homes, limits)
+    store = WeightStore(
+        _at_tables(tensors, tables),
+        homes,
+        num_stages=structure.num_stages,
+        tied=_is_tied(structure),
+        space=space,
+    )
+    if policy.cache.disk or policy.hidden.disk:
+        check_offload_folder(space.folder)
+    try:
+        store.load_homes()
+    except BaseException:
+        store.close()
+        raise
+    attach(model, Executor(model, structure, store, policy, space))
+
+
+def _streamable_outer(structure: Structure) -> dict[str, int]:
+    """The embedding table and the head's, with the stage that uses each; other tensors outside the layers are small."""
+    model: Any = structure.model
+    modules = {0: model.get_input_embeddings(), structure.head_stage: model.get_output_embeddings()}
+    tables: dict[str, int] = {}
+    for stage, module in modules.items():
+        weight = getattr(module, "weight", None)
+        for name, parameter in model.named_parameters():
+            if parameter is weight:
+                tables.setdefault(name, stage)
+    return tables
+
+
+def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> list[StoredTensor]:
+    return [dataclasses.replace(t, stage=tables[t.name]) if t.name in tables else t for t in tensors]
+
+
+def _is_tied(structure: Structure) -> bool:
+    model: Any = structure.model
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def _policy(options: FlexGenConfig) -> Policy:
+    fields = {"batch_size": options.batch_size, "num_batches": options.num_batches}
+    if options.policy == "auto":
+        raise PolicyError("policy='auto' is not available in this version; give a Policy, or leave it out")
+    return Policy.of(options.policy, **{k: v for k, v in fields.items() if v is not None})
+
+
+def _default_policy(
+    tensors: Sequence[StoredTensor],
+    options: FlexGenConfig,
+    device: torch.device,
+    limits: Mapping[Tier, int],
+    shared: int | None,
+) -> Policy:
+    """Weights fill the fastest tiers first; cache and hidden states stay on the device if the weights do."""
+    total = sum(tensor.device_bytes for tensor in tensors)
+    free = get_max_memory()
+    room: dict[Tier, int | None] = {
+        Tier.DEVICE: limits.get(Tier.DEVICE, free.get(device.index or 0, 0)),
+        Tier.HOST: limits.get(Tier.HOST, free["cpu"]),
+    }
+    if device.type == "cpu":  # host and device are one memory; resident weights are the ones that cost no casts
+        room = {Tier.DEVICE: shared if shared is not None else limits.get(Tier.DEVICE, free["cpu"]), Tier.HOST: 0}
+    weights = fill(total, {t: int(size * _WEIGHTS_PART_OF_ROOM) for t, size in room.items() if size is not None})
+    near = Placement(device=1.0) if weights.device == 1 or device.type == "cpu" else Placement(host=1.0)
+    fields = {"batch_size": options.batch_size, "num_batches": options.num_batches}
+    chosen = {"batch_size": 8, "num_batches": 1 if weights.device == 1 else 4}
+    chosen.update({k: v for k, v in fields.items() if v is not None})
+    return Policy(weights=weights, cache=near, hidden=near, **chosen)  # type: ignore[arg-type]
+
+
+def _device(options: FlexGenConfig) -> torch.device:
+    if options.device is not None:
+        return torch.device(options.device)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def _limits(options: FlexGenConfig, device: torch.device) -> tuple[dict[Tier, int], int | None]:
+    """The budget of each tier, and on a machine that computes in RAM the budget that device and host share.
+
+    Raises:
+        PolicyError: a key that is no tier, or a size that is none.
+    """
+    limits: dict[Tier, int] = {}
+    for key, size in (options.max_memory or {}).items():
+        tier = {"cpu": Tier.HOST, "host": Tier.HOST, "disk": Tier.DISK, "device": Tier.DEVICE}.get(str(key))
+        if tier is None and str(key).isdigit():
+            tier = Tier.DEVICE
+        if tier is None:
+            raise PolicyError(f"max_memory: {key!r} is no tier; use 0 (the device), 'cpu' and 'disk'")
+        try:
+            limits[tier] = convert_file_size_to_int(size)
+        except (ValueError, TypeError) as error:
+            raise PolicyError(f"max_memory: {size!r} for {key!r} is no size; write bytes or '14GiB'") from error
+    if device.type == "cpu" and Tier.HOST in limits and Tier.DEVICE not in limits:
+        return {t: s for t, s in limits.items() if t is Tier.DISK}, limits[Tier.HOST]
+    return limits, None
+
+
+def _check_disk(tensors: Sequence[StoredTensor], homes: Mapping[str, Tier], limits: Mapping[Tier, int]) -> None:
+    needed = sum(t.stored_bytes for t in tensors if homes[t.name] is Tier.DISK)
+    if Tier.DISK in limits and needed > limits[Tier.DISK]:
+        raise CapacityError(
+            f"the placement puts {gib(needed)} of weights on disk but max_memory['disk'] is {gib(limits[Tier.DISK])}; "
+            "raise it or keep more on host and device"
+        )
+
+
+def _offload_folder(options: FlexGenConfig) -> Path:
+    if options.offload_folder is not None:
+        return Path(options.offload_folder)
+    try:
+        return Path(cached_assets_path("flexgen_hf", namespace="offload", subfolder="default"))
+    except OSError as error:
+        raise StoreError(f"no default offload folder ({error}); pass offload_folder") from error

@@ -1,0 +1,406 @@
+"""`FlexGenForCausalLM`: the class that a loaded model gets, beside the Hugging Face class it already has.
+
+Generation is transformers' own; what is here cuts batches into blocks and micro-batches and refuses by name what would
+otherwise go wrong in silence. One of the two files that touch transformers' less public names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.cache_utils import Cache
+
+from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
+from .errors import ConversionError, PolicyError, UnsupportedModelError
+from .executor import Executor, merge
+from .kv_cache import BlockCache, CacheSpace, spans_of
+from .planning.placement import assign
+from .policy import Compression, Policy
+from .report import RunReport
+from .weights.writer import Origin, write_store
+
+__all__ = ["FlexGenForCausalLM", "attach"]
+
+
+class FlexGenForCausalLM:
+    """A causal language model whose weights, cache and hidden states live on device, host and disk.
+
+    Not instantiated: `from_pretrained` returns an object of the model's own Hugging Face class (`OPTForCausalLM`, ...)
+    that is an instance of this class as well.
+
+    >>> model = FlexGenForCausalLM.from_pretrained("facebook/opt-30b", policy="20 80 0 100 0 100")  # doctest: +SKIP
+    """
+
+    config: Any
+    generation_config: Any
+    _executor: Executor
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError("use FlexGenForCausalLM.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(  # noqa: PLR0913  as many as transformers' own, all by name
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        policy: Policy | dict[str, Any] | str | Path | None = None,
+        compression: Compression | dict[str, Any] | str | None = None,
+        max_memory: dict[Any, Any] | None = None,
+        offload_folder: str | Path | None = None,
+        device: str | torch.device | None = None,
+        batch_size: int | None = None,
+        num_batches: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a model from the Hub, a local folder, or a converted store.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder, as transformers takes it.
+            policy: a `Policy`, its dict, JSON text or file, or six percentages; None fills the fastest tiers first.
+            compression: not available in this version.
+            max_memory: the most each tier may hold, e.g. `{0: "14GiB", "cpu": "180GiB", "disk": "1TiB"}`; 0 is the
+                device. On a machine without accelerator "cpu" limits device and host together.
+            offload_folder: where cache and hidden states on disk go, and weights that had to be converted.
+            device: where to compute; by default the accelerator, else the CPU.
+            batch_size: overrides the policy's.
+            num_batches: overrides the policy's.
+            kwargs: everything else that transformers' `from_pretrained` takes (dtype, revision, token, ...).
+
+        Raises:
+            PolicyError: an option that cannot be meant.
+            CapacityError: what was asked does not fit.
+            StoreError: a missing or broken file.
+            UnsupportedModelError: a model that cannot be streamed.
+        """
+        options = {
+            "quant_method": "flexgen",
+            "policy": policy.to_dict() if isinstance(policy, Policy) else policy,
+            "compression": compression.to_dict() if isinstance(compression, Compression) else compression,
+            "max_memory": max_memory,
+            "offload_folder": None if offload_folder is None else str(offload_folder),
+            "device": None if device is None else str(device),
+            "batch_size": batch_size,
+            "num_batches": num_batches,
+        }
+        if kwargs.pop("quantization_config", None) is not None:
+            raise PolicyError("quantization_config: pass policy=, compression= and max_memory= themselves")
+        return AutoModelForCausalLM.from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            quantization_config={name: value for name, value in options.items() if value is not None},
+            **kwargs,
+        )
+
+    # ------------------------------------------------------------------------------------------------ what we add
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._executor.policy
+
+    @property
+    def last_run(self) -> RunReport | None:
+        """What the last `generate` or `forward` did."""
+        return self._executor.last_run
+
+    def close(self) -> None:
+        """Gives back all memory and files; the model cannot be used afterwards."""
+        self._executor.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ what we change
+    @property
+    def device(self) -> torch.device:
+        """Where compute happens; parameters may be anywhere."""
+        return self._executor.space.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of compute."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The `generate` of transformers, whole. A larger batch is cut into blocks where that changes nothing.
+
+        Sampling draws random numbers for all rows of a batch together, and user functions may look at row numbers: such
+        calls keep all rows in flight, in as many micro-batches as it takes.
+        """
+        whole = super().generate  # type: ignore[misc]
+        call = _bound(whole, args, kwargs)
+        with torch.no_grad(), self._executor.session():
+            prompts = self._prompts_per_block(call)
+            if prompts is None:
+                return whole(*args, **kwargs)
+            return self._generate_in_blocks(whole, call, prompts)
+
+    def _prompts_per_block(self, call: dict[str, Any]) -> int | None:
+        """How many prompts fill a block, or None if the call is not to be cut."""
+        rows = _row_inputs(call)
+        if not rows or any(value is not None for name, value in call.items() if name in _SEES_WHOLE_BATCH):
+            return None
+        if any(isinstance(v, (torch.Tensor, Cache)) for n, v in call.items() if n not in rows):
+            return None
+        setting = functools.partial(_setting, call, self.generation_config)
+        if setting("do_sample") or setting("return_dict_in_generate") or setting("max_time") is not None:
+            return None
+        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        prompts = max(1, self.policy.block_size // copies)
+        return prompts if next(iter(rows.values())).shape[0] > prompts else None
+
+    def _generate_in_blocks(self, generate: Any, call: dict[str, Any], prompts: int) -> torch.Tensor:
+        rows = _row_inputs(call)
+        rest = {name: value for name, value in call.items() if name not in rows}
+        total = next(iter(rows.values())).shape[0]
+        blocks = [
+            generate(**rest, **{name: value[start:end] for name, value in rows.items()})
+            for start, end in spans_of(total, prompts)
+        ]
+        width = max(block.shape[1] for block in blocks)
+        pad = _pad_token(call, self.generation_config)
+        return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1]), value=pad) for block in blocks])
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, length: int
+    ) -> Any:
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic"):
+            raise UnsupportedModelError(
+                f"cache_implementation={wanted!r}: the policy places the cache; leave cache_implementation out"
+            )
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, BlockCache):
+            given.reserve(length)
+        if given is not None or generation_config.use_cache is False:
+            prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, length)
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        beams = generation_config.num_beams or 1
+        cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams)
+        if (geometry := _cache_geometry(self.config)) is not None:
+            cache.preallocate(*geometry, self.dtype)
+        model_kwargs["past_key_values"] = cache
+        return None
+
+    def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
+        """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
+        policy, space = self.policy, CacheSpace(self._executor.space)
+        size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
+        spans = spans_of(rows, size)
+        windows = _windows(self.config)
+        homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
+        return BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+
+    def _optimize_model_for_decode(self) -> Any:
+        # transformers would switch mixtures of experts to an implementation that copies an expert for every token.
+        return contextlib.nullcontext()
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Refused: continuous batching bypasses forward."""
+        raise UnsupportedModelError("generate_batch (continuous batching) bypasses forward; use generate")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves nothing: the policy places the model. A change of dtype is refused."""
+        _, dtype, *_rest = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.dtype:
+            raise PolicyError(f"to({dtype}): the model computes in {self.dtype}; load it with dtype={dtype}")
+        return self
+
+    def cuda(self, *_: Any, **__: Any) -> Any:
+        """Moves nothing: the policy places the model."""
+        return self
+
+    def cpu(self) -> Any:
+        """Moves nothing: the policy places the model."""
+        return self
+
+    def half(self, *_: Any) -> Any:
+        """As `to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def float(self, *_: Any) -> Any:
+        """As `to(torch.float32)`."""
+        return self.to(torch.float32)
+
+    def bfloat16(self, *_: Any) -> Any:
+        """As `to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def train(self, mode: bool = True) -> Any:
+        """Refused for `mode=True`: weights come and go."""
+        if mode:
+            raise UnsupportedModelError("train(): weights are streamed and cannot be trained; use plain transformers")
+        return super().train(False)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | Path, *_: Any, **kwargs: Any) -> None:
+        """Writes a store, which both this package and plain transformers load.
+
+        Args:
+            save_directory: the folder.
+            kwargs: `push_to_hub` is refused; the rest of transformers' arguments has no meaning for a store.
+        """
+        if kwargs.get("push_to_hub"):
+            raise UnsupportedModelError("push_to_hub: save_pretrained to a folder and upload it with huggingface_hub")
+        out, stored = Path(save_directory).resolve(), self._executor.weights.stored
+        files = {tensor.extent.file for tensor in stored}
+        if any(out in file.resolve().parents for file in files):
+            raise ConversionError(f"the model is loaded from {str(out)!r}; save it to another folder")
+        tensors = {tensor.name: CheckpointTensor.of_extent(tensor.extent) for tensor in stored}
+        plans = plan_shards(self._executor.structure, tensors, {tensor.name: tensor.dtype for tensor in stored})
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_store(
+            out, plans, Origin(str(self.config.name_or_path), None, dtype, source_fingerprint(files)), force=True
+        )
+        self.config.save_pretrained(save_directory)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(save_directory)
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refused."""
+        raise UnsupportedModelError("push_to_hub: save_pretrained to a folder and upload it with huggingface_hub")
+
+    # --------------------------------------------------------------------------------------------------- forward
+    def _forward(self, plain: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+        """Cuts the rows into micro-batches, runs `plain` on each in the executor, joins what they return."""
+        given = _flat(signature.bind(self, *args, **kwargs), signature)
+        labels, return_dict = given.pop("labels", None), given.pop("return_dict", None)
+        source = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if source is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        rows, tokens = source.shape[:2]
+        cache = given.get("past_key_values")
+        if cache is None and _uses_cache(given, self.config):
+            cache = given["past_key_values"] = self._make_cache(rows, tokens)
+        blocks = cache if isinstance(cache, BlockCache) else None
+        size = self.policy.batch_size if cache is None else rows  # a cache of another kind is used as it is, whole
+        spans = blocks.spans if blocks is not None else spans_of(rows, size)
+        if spans[-1][1] != rows:
+            raise ValueError(f"past_key_values holds {spans[-1][1]} rows but the input has {rows}")
+        bodies = [
+            functools.partial(plain, self, **{n: _part(n, v, k, span, rows) for n, v in given.items()})
+            for k, span in enumerate(spans)
+        ]
+        keep = bool(given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
+        with torch.no_grad():
+            outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
+            output = merge(outputs, cache)
+            if labels is not None:
+                # Over all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
+                vocabulary = self.config.get_text_config(decoder=True).vocab_size
+                loss: Any = self.loss_function  # type: ignore[attr-defined]
+                output["loss"] = loss(logits=output.logits, labels=labels, vocab_size=vocabulary)
+        wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        return output if wants_dict else output.to_tuple()
+
+
+# Arguments of generate that may look at the batch as a whole, or at row numbers.
+_SEES_WHOLE_BATCH = frozenset(
+    "logits_processor stopping_criteria prefix_allowed_tokens_fn assistant_model streamer negative_prompt_ids "
+    "negative_prompt_attention_mask custom_generate prompt_lookup_num_tokens past_key_values inputs_embeds".split()
+)
+_ROW_INPUTS = ("inputs", "input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def attach(model: Any, executor: Executor) -> None:
+    """Gives `model` a class that is both its own and `FlexGenForCausalLM`."""
+    plain = type(model)
+    signature = inspect.signature(plain.forward)
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(plain.forward, signature, *args, **kwargs)
+
+    # generate() looks at the signature; pipelines, saved configs and output capturing look at the three names.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    names = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    model.__class__ = type(plain.__name__, (FlexGenForCausalLM, plain), names)
+    object.__setattr__(model, "_executor", executor)
+
+
+def _bound(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    signature = inspect.signature(function)
+    return _flat(signature.bind(*args, **kwargs), signature)
+
+
+def _flat(bound: inspect.BoundArguments, signature: inspect.Signature) -> dict[str, Any]:
+    given = dict(bound.arguments)
+    given.pop("self", None)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
+
+
+def _row_inputs(call: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The arguments that have one row per prompt; the ids come first."""
+    return {n: call[n] for n in _ROW_INPUTS if isinstance(call.get(n), torch.Tensor) and call[n].ndim == 2}
+
+
+def _setting(call: dict[str, Any], default: GenerationConfig, name: str) -> Any:
+    """A generation setting as transformers resolves it: argument, given config, the model's config."""
+    given = call.get("generation_config")
+    for value in (call.get(name), getattr(given, name, None), getattr(default, name, None)):
+        if value is not None:
+            return value
+    return None
+
+
+def _pad_token(call: dict[str, Any], default: GenerationConfig) -> int:
+    pad = _setting(call, default, "pad_token_id")
+    if pad is None:
+        pad = _setting(call, default, "eos_token_id")
+    if isinstance(pad, torch.Tensor):
+        pad = pad.flatten().tolist()
+    return int((pad[0] if isinstance(pad, (list, tuple)) else pad) or 0)
+
+
+def _part(name: str, value: Any, batch: int, span: tuple[int, int], rows: int) -> Any:
+    """The share of one micro-batch in an argument of forward."""
+    if isinstance(value, BlockCache):
+        return value.children[batch]
+    if isinstance(value, dict):
+        return {key: _part(name, item, batch, span, rows) for key, item in value.items()}
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name == "logits_to_keep":
+        return value
+    if name == "position_ids" and value.ndim == 3:  # (axes, batch, tokens)
+        return value[:, span[0] : span[1]]
+    return value[span[0] : span[1]] if value.shape[0] == rows else value
+
+
+def _uses_cache(given: dict[str, Any], config: Any) -> bool:
+    wanted = given.get("use_cache")
+    return bool(getattr(config, "use_cache", False) if wanted is None else wanted)
+
+
+def _windows(config: Any) -> list[int | None]:
+    """For each layer the length of its sliding window, or None."""
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        uses = window is not None and getattr(text, "use_sliding_window", True)
+        return [window if uses else None] * text.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _cache_geometry(config: Any) -> tuple[int, int] | None:
+    """(heads, head_dim) of keys and values, or None if the config does not say it plainly."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    width = getattr(text, "head_dim", None)
+    if width is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
+        width = text.hidden_size // text.num_attention_heads
+    if not isinstance(heads, int) or not isinstance(width, int) or getattr(text, "kv_lora_rank", None):
+        return None
+    return heads, width

@@ -1,0 +1,87 @@
+"""Reused memory: page-aligned buffers, and tensors that are views of them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from ..policy import Tier
+from .ledger import Ledger
+
+__all__ = ["PAGE", "Buffer", "round_up", "tensor_view"]
+
+PAGE = 4096
+
+
+def round_up(nbytes: int, multiple: int = PAGE) -> int:
+    """The next multiple."""
+    return -(-nbytes // multiple) * multiple
+
+
+class Buffer:
+    """Bytes of one tier that grow on demand and are accounted for.
+
+    Host buffers start on a page and go back to the operating system when freed (an anonymous mapping, not the heap).
+
+    Args:
+        ledger: the account.
+        tier: `Tier.DEVICE` or `Tier.HOST`.
+        device: where `Tier.DEVICE` is.
+        what: the name under which it is accounted for.
+    """
+
+    def __init__(self, ledger: Ledger, tier: Tier, device: torch.device, what: str) -> None:
+        self._ledger, self._tier, self._what = ledger, tier, what
+        self._device = device if tier is Tier.DEVICE else torch.device("cpu")
+        self._bytes: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size now."""
+        return 0 if self._bytes is None else self._bytes.numel()
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """The memory as a uint8 tensor of shape (nbytes,)."""
+        if self._bytes is None:
+            raise RuntimeError(f"{self._what}: buffer used before it was given a size")
+        return self._bytes
+
+    def ensure(self, nbytes: int) -> torch.Tensor:
+        """Grows to at least `nbytes`; what was in it is lost when it grows. Nobody may be using it."""
+        nbytes = round_up(max(nbytes, 1))
+        if nbytes > self.nbytes:
+            self.free()
+            self._ledger.take(self._tier, nbytes, self._what)
+            self._bytes = _allocate(nbytes, self._device)
+        return self.bytes
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        if self._bytes is not None:
+            self._ledger.give(self._tier, self.nbytes, self._what)
+            self._bytes = None
+
+
+def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+def tensor_view(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over bytes of `memory` from `offset`.
+
+    Args:
+        memory: uint8, shape (n,).
+        offset: in bytes. If it is not a multiple of the element size, the bytes are copied.
+    """
+    nbytes = dtype.itemsize
+    for size in shape:
+        nbytes *= size
+    part = memory[offset : offset + nbytes]
+    if (part.storage_offset() + 0) % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).view(tuple(shape))

@@ -1,0 +1,46 @@
+"""Text in, text out: a tokenizer as batched generation needs it, and prompts through a model.
+
+Works with any Hugging Face causal language model; knows nothing of tiers or policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["complete", "load_tokenizer"]
+
+
+def load_tokenizer(source: str, **hub_options: Any) -> Any:
+    """The tokenizer of a model, ready for batches of prompts of different lengths.
+
+    Args:
+        source: Hub id, model folder or store.
+        hub_options: what `AutoTokenizer.from_pretrained` takes: `revision`, `token`, ...
+
+    Returns:
+        A tokenizer that pads on the left, as generation needs it; where the model has no padding token, with the
+        end-of-sequence token (padding is masked, so any token serves).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left", **hub_options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def complete(model: Any, tokenizer: Any, prompts: Sequence[str], **generation: Any) -> list[str]:
+    """What the model writes after each prompt, without the prompt and without special tokens.
+
+    Args:
+        model: has `generate` and `device`.
+        tokenizer: from `load_tokenizer`.
+        prompts: any number of texts; more than a block are run block by block.
+        generation: what `generate` takes: `max_new_tokens`, `do_sample`, ...
+    """
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+    output = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **generation)
+    written = output[:, inputs["input_ids"].shape[1] :]
+    texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return texts

@@ -1,0 +1,3 @@
+"""Shared fixtures: tiny random checkpoints and ragged prompts."""
+
+from __future__ import annotations

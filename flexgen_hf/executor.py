@@ -42,6 +42,8 @@ class _Row(greenlet.greenlet):
         super().__init__(run)
         self.batch = batch
         self.at = 0  # the stage it is suspended before; 0 before it started
+        self.head_input: torch.Tensor | None = None
+        self.head_output: torch.Tensor | None = None
         self.result: Any = None
         # Output capturing and similar features of transformers keep their state in context variables.
         self.gr_context = contextvars.copy_context()
@@ -86,6 +88,7 @@ class Executor:
         self._hidden: HiddenStates | None = None
         self._cache: BlockCache | None = None  # held as long as lanes may write to it
         self._uses: dict[str, LaneUse] = {}
+        self._embedding_dtype: torch.dtype | None = None
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
         self._parameters = _ParameterTable(model)
         self._parameters.install_resident(weights)
@@ -280,12 +283,15 @@ class Executor:
         started = time.perf_counter()
         if self.before_step is not None:
             self.before_step(Lane.COMPUTE.value, step.id)
-        if batch == 0:
+        if batch <= 0:
             self._install(stage)
         if cache is not None and 0 < stage < self.structure.head_stage:
             cache.children[batch].cells[stage - 1].bind(step.slot)
-        self._resume(coroutines[batch], stage)
-        if batch == len(coroutines) - 1:
+        if stage == self.structure.head_stage:
+            self._run_head(coroutines)
+        else:
+            self._resume(coroutines[batch], stage)
+        if batch in (-1, len(coroutines) - 1):
             self._uninstall(stage)
         use = self._uses[Lane.COMPUTE.value]
         use.busy_s += time.perf_counter() - started
@@ -295,8 +301,6 @@ class Executor:
     def _resume(self, coroutine: _Row, stage: int) -> None:
         """Runs a micro-batch from the stage it is suspended before to the next one."""
         if coroutine.dead:
-            if stage == self.structure.head_stage:
-                return  # the model has no module for its head, or nobody asked for logits
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} ended its forward before {self.structure.stage_name(stage)}; models that "
                 "skip layers cannot be streamed"
@@ -313,6 +317,23 @@ class Executor:
         else:
             coroutine.result = result
 
+    def _run_head(self, coroutines: Sequence[_Row]) -> None:
+        """The head for all micro-batches at once, so that its table is gone through (and cast) once."""
+        waiting = [c for c in coroutines if not c.dead]  # those are done whose model has no module for its head
+        if any(c.at != self.structure.head_stage for c in waiting):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} did not go from its last layer to its head, so it cannot be streamed"
+            )
+        head: Any = self.model
+        head = head.get_output_embeddings()
+        inputs = [c.head_input for c in waiting if c.head_input is not None]
+        if inputs and len(inputs) == len(waiting) and type(head) is nn.Linear:
+            logits = _linear(torch.cat(inputs), head.weight, head.bias)
+            for coroutine, part in zip(waiting, logits.split([x.shape[0] for x in inputs]), strict=True):
+                coroutine.head_output = part
+        for coroutine in waiting:
+            self._resume(coroutine, self.structure.head_stage)
+
     # ------------------------------------------------------------------------------------------ inside the model's code
     def _patch(self) -> None:
         for index, layer in enumerate(self.structure.layers):
@@ -321,6 +342,7 @@ class Executor:
         model: Any = self.model
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if embedding is not None:
+            self._embedding_dtype = self._parameters.dtype_of(embedding)
             embedding.__dict__["flexgen_forward"] = embedding.forward
             embedding.__dict__["forward"] = functools.partial(self._enter_embedding, embedding)
         if head is not None and head is not embedding:
@@ -341,12 +363,16 @@ class Executor:
     def _enter_head(self, head: Any, *args: Any, **kwargs: Any) -> Any:
         coroutine = self._current("the head")
         if coroutine.at != self.structure.head_stage:
+            is_plain = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+            coroutine.head_input = args[0] if is_plain else None
             coroutine.suspend(self.structure.head_stage)
+            if coroutine.head_output is not None:
+                return coroutine.head_output
         return head.flexgen_forward(*args, **kwargs)
 
     def _enter_embedding(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(greenlet.getcurrent(), _Row):
-            return embedding.flexgen_forward(*args, **kwargs)
+            return self._embed(embedding, *args, **kwargs)
         # Callers may embed tokens themselves, to pass inputs_embeds.
         with self.session():
             self.settle()
@@ -356,9 +382,15 @@ class Executor:
                 self._weight_slots[self._sweep, 0] = 0
             self._install(0)
             try:
-                return embedding.flexgen_forward(*args, **kwargs)
+                return self._embed(embedding, *args, **kwargs)
             finally:
                 self._uninstall(0)
+
+    def _embed(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
+        output = embedding.flexgen_forward(*args, **kwargs)
+        # A table that is kept in its stored dtype is cast row by row, where rows are taken.
+        wanted = self._embedding_dtype
+        return output.to(wanted) if wanted is not None and isinstance(output, torch.Tensor) else output
 
     def _current(self, what: str) -> _Row:
         current = greenlet.getcurrent()
@@ -480,6 +512,13 @@ class _ParameterTable:
                 self._put(name, self._placeholders[name])
             self._resident = []
 
+    def dtype_of(self, module: nn.Module) -> torch.dtype | None:
+        """The dtype in which the model was built to hold `module.weight`; None if it has no weight."""
+        for name, places in self._places.items():
+            if any(store is module._parameters and key == "weight" for store, key in places):
+                return self._placeholders[name].dtype  # type: ignore[no-any-return]
+        return None
+
     def check_complete(self, modules: list[nn.Module], where: str) -> None:
         for module in modules:
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -489,6 +528,27 @@ class _ParameterTable:
     def _put(self, name: str, value: Any) -> None:
         for store, key in self._places[name]:
             store[key] = value
+
+
+# Rows of a table that are cast at a time: few enough to stay in cache, enough for an efficient product.
+_CAST_ROWS = 4096
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`torch.nn.functional.linear` for a weight kept in another dtype, which is cast piece by piece.
+
+    Args:
+        x: (..., in_features) in the dtype of compute.
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+    """
+    if weight.dtype == x.dtype:
+        return nn.functional.linear(x, weight, bias)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    for start in range(0, weight.shape[0], _CAST_ROWS):
+        rows = slice(start, start + _CAST_ROWS)
+        out[..., rows] = nn.functional.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows])
+    return out
 
 
 def _end(coroutines: list[_Row]) -> None:

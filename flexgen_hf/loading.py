@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
 from huggingface_hub import cached_assets_path
+from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
@@ -269,7 +270,7 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     homes = assign([(t.name, t.stored_bytes) for t in tensors], policy.weights, fixed)
     _check_disk(tensors, homes, limits)
     store = WeightStore(
-        _at_tables(tensors, tables),
+        _at_tables(_cast_late(tensors, structure, homes, tables) if space.is_direct else tensors, tables),
         homes,
         num_stages=structure.num_stages,
         tied=_is_tied(structure),
@@ -300,6 +301,20 @@ def _streamable_outer(structure: Structure) -> dict[str, int]:
 
 def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> list[StoredTensor]:
     return [dataclasses.replace(t, stage=tables[t.name]) if t.name in tables else t for t in tensors]
+
+
+def _cast_late(
+    tensors: Sequence[StoredTensor], structure: Structure, homes: Mapping[str, Tier], tables: Mapping[str, int]
+) -> list[StoredTensor]:
+    """Keeps a streamed table in its stored dtype; the executor casts the rows it uses, and the head piece by piece.
+
+    A whole copy in the dtype of compute would be the largest buffer of all. Only plain modules allow it: one that
+    computes more with its table (scales it, say) must see the right dtype.
+    """
+    model: Any = structure.model
+    plain = type(model.get_input_embeddings()) is nn.Embedding and type(model.get_output_embeddings()) is nn.Linear
+    late = {name for name in tables if plain and homes[name] is not Tier.DEVICE}
+    return [dataclasses.replace(t, dtype=t.stored_dtype) if t.name in late else t for t in tensors]
 
 
 def _is_tied(structure: Structure) -> bool:

@@ -5,10 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import opt_config, with_keys, write_random_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from conversion.verify import verify
 from flexgen_hf.errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from flexgen_hf.policy import Placement
 from flexgen_hf.weights.format import Manifest, is_store, read_header
+from tests.checkpoints import opt_config, with_keys, write_random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -246,7 +247,7 @@ def test_a_hub_model_records_its_revision(source, tmp_path, monkeypatch):
     commit = "0123456789012345678901234567890123456789"
     snapshot = tmp_path / "snapshots" / commit
     shutil.copytree(source, snapshot)
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def snapshot_download(name: str, **arguments: object) -> str:
         asked.update(arguments, name=name)

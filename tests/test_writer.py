@@ -171,6 +171,15 @@ def test_what_an_interrupted_run_left_is_used_only_if_it_fits(tmp_path, change):
     }
 
 
+def test_what_a_kill_between_two_steps_leaves_is_tidied_up(tmp_path):
+    (tmp_path / "flexgen_journal.json.4711.tmp").touch()  # while the journal was replaced
+    write_store(tmp_path, plans(), ORIGIN)
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / JOURNAL_NAME).write_text("{}")  # after the manifest, before the journal was removed
+    write_store(tmp_path, plans(), ORIGIN)
+    assert not (tmp_path / JOURNAL_NAME).exists()
+
+
 def test_a_finished_store_is_left_alone(tmp_path):
     loaded: list[str] = []
     first = write_store(tmp_path, plans(), ORIGIN)

@@ -126,8 +126,8 @@ class Traffic:
 def zigzag(traffic: Traffic, sweep: int, *, rings: Rings = Rings(), overlap: bool = True) -> Iterator[Step]:
     """All steps of one sweep in an order that every lane can take them in.
 
-    The embedding runs right before the first layer and the head right after the last one, micro-batch by micro-batch,
-    so that no hidden states wait at either end.
+    The embedding runs right before the first layer, micro-batch by micro-batch, so that no hidden states wait there.
+    The head is one step for the whole block: what reaches it is small, and its table is the largest matrix of all.
 
     Args:
         traffic: what moves.
@@ -161,23 +161,19 @@ class _Zigzag:
     def steps(self) -> Iterator[Step]:
         traffic, ahead = self.traffic, self.rings.layers - 1
         last = traffic.head - 1
-        # With a single layer the embedding has not left its slot when the first micro-batch reaches the head.
-        head_joins = last > 1
         yield from self.first_loads()
         for stage in range(1, traffic.head):
             if 1 < stage + ahead <= last and stage + ahead not in self._first_layers():
                 yield from self.load_weights(stage + ahead)
-            if stage == last and head_joins:
+            if stage == last > 1:
                 yield from self.load_weights(traffic.head)
             for batch in range(traffic.num_batches):
                 if stage == 1:
                     yield self.compute(0, batch)
                 yield from self.visit(stage, batch)
-                if stage == last and head_joins:
-                    yield self.compute(traffic.head, batch)
-        if not head_joins:
+        if last == 1:  # with a single layer, the embedding leaves the slot only now
             yield from self.load_weights(traffic.head)
-            yield from (self.compute(traffic.head, batch) for batch in range(traffic.num_batches))
+        yield self.compute(traffic.head, -1)
 
     def first_loads(self) -> Iterator[Step]:
         yield from self.load_weights(0)
@@ -261,7 +257,8 @@ class _Zigzag:
             use, size = layers * self.sweep + stage - 1, self.rings.layers
             before = divmod(use - size, layers)
             owner = (before[0], before[1] + 1)
-        free = [StepId(owner[0], Lane.COMPUTE, What.STAGE, owner[1], traffic.num_batches - 1)] if owner[0] >= 0 else []
+        last = -1 if owner[1] == traffic.head else traffic.num_batches - 1
+        free = [StepId(owner[0], Lane.COMPUTE, What.STAGE, owner[1], last)] if owner[0] >= 0 else []
         return use % size, free
 
     @staticmethod

@@ -68,7 +68,15 @@ class Buffer:
 def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    return torch.frombuffer(_anonymous(nbytes), dtype=torch.uint8)
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    if hasattr(
+        mmap, "MAP_PRIVATE"
+    ):  # shared memory, Python's default, cannot use huge pages and is accounted elsewhere
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 def tensor_view(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

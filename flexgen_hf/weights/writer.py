@@ -164,6 +164,7 @@ def write_store(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / LOCK_NAME):
         job = _Job(out, sorted(plans, key=lambda plan: plan.stage), origin)
+        job.tidy()
         if is_store(out) and not job.take_over(force):
             return job.keep(placement)
         job.check_space()
@@ -180,6 +181,13 @@ class _Job:
         self.fingerprint = _fingerprint(plans, origin)
         self.done = self._read_journal()
         self.sizes = {plan.file: len(plan.header()) + plan.data_bytes for plan in plans}
+
+    def tidy(self) -> None:
+        """Removes what a run leaves that is killed while it replaces a small file, or right after its last one."""
+        for path in self.out.glob("*.[0-9]*.tmp"):
+            path.unlink()
+        if is_store(self.out):
+            (self.out / JOURNAL_NAME).unlink(missing_ok=True)
 
     def take_over(self, force: bool) -> bool:
         """Decides about a store that is already in the folder: whether it must be written again, wholly or in part.

@@ -1,0 +1,63 @@
+"""What the README tells people to type exists; what is declared as a dependency is used, and the reverse."""
+
+import ast
+import configparser
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from flexgen_hf import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for tag, text in fenced if tag == language]
+
+
+def lines_with(program: str) -> list[str]:
+    return [line for block in blocks("") for line in block.splitlines() if line.startswith(program)]
+
+
+@pytest.mark.parametrize("line", lines_with("flexgen-hf "))
+def test_commands_and_options_exist(line):
+    _, command, *words = line.split()
+    commands: Any = typer.main.get_command(cli.app)
+    options = {name for parameter in commands.commands[command].params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("line", lines_with("make "))
+def test_targets_exist(line):
+    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_is_python(block):
+    ast.parse(block)
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_dependencies_are_those_that_are_imported():
+    declared = {re.split(r"[<>=!~]", line)[0] for line in SETUP["options"]["install_requires"].split()}
+    imported = set()
+    for file in [*(ROOT / "flexgen_hf").rglob("*.py"), *(ROOT / "conversion").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    third_party = imported - set(sys.stdlib_module_names) - {"flexgen_hf", "conversion"}
+    assert third_party == declared

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from fnmatch import fnmatch
 from pathlib import Path
 
 from flexgen_hf.errors import ConversionError
 
 __all__ = ["download"]
+
+_logger = logging.getLogger(__name__)
 
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
@@ -31,18 +34,19 @@ def download(
     Raises:
         ConversionError: the repository or revision does not exist, may not be read, or is out of reach.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        patterns = [*_SMALL, *_SAFETENSORS, *_PICKLES]
-        if not local_files_only:
-            files = HfApi(token=token).list_repo_files(name, revision=revision)
-            patterns = [*_SMALL, *weight_patterns(files)]
+        files = None if local_files_only else _list_files(name, revision, token)
         folder = snapshot_download(
-            name, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=patterns
+            name,
+            revision=revision,
+            token=token,
+            local_files_only=files is None,
+            allow_patterns=[*_SMALL, *weight_patterns(files)],
         )
-    except (OSError, HFValidationError) as error:  # every error of the Hub's and of the connection to it
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversionError(
             f"{name} is neither a folder nor a repository that could be downloaded ({type(error).__name__}: {reason}); "
@@ -51,7 +55,23 @@ def download(
     return Path(folder), Path(folder).name
 
 
-def weight_patterns(files: list[str]) -> list[str]:
-    """Which weights of a repository to take: safetensors if there are any, else pickles."""
+def _list_files(name: str, revision: str | None, token: str | bool | None) -> list[str] | None:
+    """What the repository holds; `None` if the Hub is out of reach, so that only the cache can serve."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return list(HfApi(token=token).list_repo_files(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # noqa: BLE001 (a failed connection has the type of whichever HTTP library the Hub uses)
+        _logger.warning("the Hub is out of reach (%s); looking for %s in the cache", error, name)
+        return None
+
+
+def weight_patterns(files: list[str] | None) -> list[str]:
+    """The weights to take: safetensors if a repository has any, else pickles; of an unknown one whatever there is."""
+    if files is None:
+        return [*_SAFETENSORS, *_PICKLES]
     has_safetensors = any(fnmatch(file, pattern) for file in files for pattern in _SAFETENSORS)
     return _SAFETENSORS if has_safetensors else _PICKLES

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.command("convert")(convert_command)
 app.command("verify")(verify_command)
 
+_Dtype = Literal["float16", "bfloat16", "float32"]
 _Percents = tuple[float, float, float, float, float, float]
 
 
@@ -103,7 +104,7 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     ] = None,
     offload_folder: Annotated[Path | None, typer.Option(help="Folder of the disk tier.", file_okay=False)] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Element type: float16, bfloat16, float32.", show_default="the checkpoint's")
+        _Dtype | None, typer.Option(help="Element type of compute.", show_default="the checkpoint's")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Show the policy and what moved, on stderr.")] = False,
@@ -165,6 +166,8 @@ def parse_policy(text: str | None, percents: _Percents | None = None, **fields: 
     """
     if text is not None and percents is not None:
         raise PolicyError("--policy and --percent say the same thing; give one of them")
+    if text == "auto":
+        raise PolicyError("--policy auto is not available in this version; give six percentages or a JSON file")
     fields = _given(**fields)
     if percents is not None:
         return Policy.parse(percents, **fields)

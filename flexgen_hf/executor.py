@@ -91,7 +91,7 @@ class Executor:
         self._embedding_dtype: torch.dtype | None = None
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
         self._parameters = _ParameterTable(model)
-        self._parameters.install_resident(weights)
+        self._parameters.install_resident(weights, model, space.device)
         self._patch()
 
     # ------------------------------------------------------------------------------------------------------- a session
@@ -442,7 +442,7 @@ class Executor:
 
     def _event(self) -> Any:
         """On a device that computes asynchronously, an event after everything issued so far."""
-        if self.space.is_direct:
+        if not self.space.is_asynchronous:
             return None
         event = torch.Event(self.space.device)
         event.record()
@@ -487,7 +487,12 @@ class _ParameterTable:
         self._installed: dict[int, list[str]] = {}
         self._resident: list[str] = []
 
-    def install_resident(self, weights: WeightStore) -> None:
+    def install_resident(self, weights: WeightStore, model: nn.Module, device: torch.device) -> None:
+        for module in model.modules():  # rotary tables and the like: computed, in no checkpoint
+            for key in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(key)
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(device)
         for name, value in weights.resident():
             self._put(name, value)
             self._resident.append(name)

@@ -43,6 +43,7 @@ class HiddenStates:
         self._placeholder: dict[int, torch.Tensor] = {}
         self._shape: dict[int, tuple[torch.dtype, torch.Size]] = {}
         self._slot: dict[int, int] = {}
+        self._given: dict[int, torch.Tensor] = {}  # what a layer was given, a view of a slot
 
     def route(self, batch: int) -> Route:
         """The links that a micro-batch's hidden states cross between two layers."""
@@ -56,12 +57,13 @@ class HiddenStates:
         if not self.route(batch).moves:
             return output
         hidden = output[0] if isinstance(output, (tuple, list)) else output
-        if self._in_a_slot(hidden):
+        given = self._given.pop(batch, None)
+        if given is not None and (hidden is given or hidden._base is given._base):
             hidden = hidden.clone()  # a layer that hands through its input must not leave it in a reused buffer
         self._parked[batch] = hidden
         self._shape[batch] = (hidden.dtype, hidden.shape)
         self._prepare(batch, hidden.numel() * hidden.element_size())
-        placeholder = self._placeholder[batch] = torch.empty_like(hidden, device="meta")
+        placeholder = self._placeholder[batch] = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta")
         if isinstance(output, (tuple, list)):
             return type(output)((placeholder, *output[1:]))
         return placeholder
@@ -75,7 +77,7 @@ class HiddenStates:
         placeholder = self._placeholder.pop(batch, None)
         if placeholder is None:
             return args, kwargs
-        value = self._loaded(batch)
+        value = self._given[batch] = self._loaded(batch)
         found = [i for i, a in enumerate(args) if a is placeholder]
         names = [n for n, a in kwargs.items() if a is placeholder]
         if not found and not names:
@@ -140,11 +142,6 @@ class HiddenStates:
         dtype, shape = self._shape[batch]
         slots = self._staging if self._direct else self._device_slots
         return tensor_view(slots[self._slot[batch]].bytes, 0, dtype, shape)
-
-    def _in_a_slot(self, hidden: torch.Tensor) -> bool:
-        storage = hidden.untyped_storage().data_ptr()
-        buffers = (*self._staging, *self._device_slots)
-        return any(b.nbytes and b.bytes.untyped_storage().data_ptr() == storage for b in buffers)
 
     def _file(self) -> SpillFile:
         if self._spill is None:

@@ -158,7 +158,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends (batch, heads, new tokens, head_dim); returns all keys and values in the same order of axes."""
         if not self._fits(key_states, value_states):
-            self._discard()
+            self.discard()
             self.lazy_initialization(key_states, value_states)
         old, new = self.length, self.length + key_states.shape[2]
         self._grow(new)
@@ -286,7 +286,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """Replaces everything held; same axes as `get`, any number of rows. No lane may be busy."""
         shape, length = self._known(), keys.shape[0]
         if keys.shape[1] != shape.batch or length > self._capacity:
-            self._discard()
+            self.discard()
             self._capacity = max(self._capacity, length)
             self.allocate(keys.shape[1], shape.key, shape.value, shape.dtype)
             shape = self._known()
@@ -311,15 +311,22 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         if capacity <= self._capacity:
             return
         if self._shape is None or self.length == 0:
-            self._discard()
+            self.discard()
             self._capacity = capacity
             return
         keys, values = self.get()
         shape = self._shape
-        self._discard()
+        self.discard()
         self._capacity = capacity
         self.allocate(shape.batch, shape.key, shape.value, shape.dtype)
         self.put(keys, values)
+
+    def discard(self) -> None:
+        """Gives back the home's memory and forgets everything. No lane may be busy."""
+        if self._memory is not None:
+            self._memory.free()
+        # A region of the spill file that is given up stays in the file until the cache is closed.
+        self._memory, self._shape, self.is_initialized, self.length = None, None, False, 0
 
     # ---------------------------------------------------------------------------------------------------------- inside
     def _known(self) -> _Shape:
@@ -386,12 +393,6 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             wanted[old:new].copy_(given[old:new])
         return (new - old) * (shape.key_bytes + shape.value_bytes)
 
-    def _discard(self) -> None:
-        if self._memory is not None:
-            self._memory.free()
-        # A region of the spill file that is given up stays in the file until the cache is closed.
-        self._memory, self._shape, self.is_initialized, self.length = None, None, False, 0
-
 
 class _MicroBatchCache(Cache):
     """What the model's forward sees of a `BlockCache`: the cells of one micro-batch."""
@@ -451,10 +452,18 @@ class BlockCache(Cache):
             yield from child.cells
 
     def preallocate(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Takes all homes before work starts, so that a tier that is too small refuses here."""
-        for (start, end), child in zip(self.spans, self.children, strict=True):
-            for cell in child.cells:
-                cell.allocate(end - start, (heads, head_dim), (heads, head_dim), dtype)
+        """Takes all homes before work starts, so that a tier that is too small refuses here.
+
+        Raises:
+            CapacityError: a tier or the disk is too small; the cache is closed then.
+        """
+        try:
+            for (start, end), child in zip(self.spans, self.children, strict=True):
+                for cell in child.cells:
+                    cell.allocate(end - start, (heads, head_dim), (heads, head_dim), dtype)
+        except BaseException:
+            self.close()  # whoever handles the error may keep this object alive
+            raise
 
     def prepare_sweep(self) -> None:
         """Makes the slots large enough for every cell that will be loaded."""
@@ -500,10 +509,10 @@ class BlockCache(Cache):
             self._gather(index)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices` of the block, in that order, in the same micro-batches while they last."""
+        """Keeps the rows `indices` of the block, in that order, in as many micro-batches as they fill."""
         self.settle()
-        sizes = spans_of(int(indices.numel()), self.spans[0][1] - self.spans[0][0])
-        self._gather(indices.cpu(), sizes)
+        rows, width = int(indices.numel()), self.spans[0][1] - self.spans[0][0]
+        self._gather(indices.cpu(), spans_of(rows, max(width, -(-rows // len(self.spans)))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row; micro-batches grow by the same factor."""
@@ -534,7 +543,7 @@ class BlockCache(Cache):
 
     def _gather(self, index: torch.Tensor, spans: list[Span] | None = None) -> None:
         """Reorders rows that move between micro-batches: a layer at a time through memory."""
-        old, self.spans = self.spans, spans or self.spans
+        self.spans = spans or self.spans
         for layer in range(len(self.layers)):
             cells = [child.cells[layer] for child in self.children]
             if not cells[0].is_initialized or cells[0].length == 0:
@@ -545,7 +554,9 @@ class BlockCache(Cache):
             for cell, (start, end) in zip(cells, self.spans, strict=False):
                 rows = index[start:end].to(device)
                 cell.put(keys.index_select(1, rows), values.index_select(1, rows))
-        assert len(self.spans) <= len(old)
+        for child in self.children[len(self.spans) :]:
+            for cell in child.cells:
+                cell.discard()
         self.children = self.children[: len(self.spans)]
 
 

@@ -38,7 +38,7 @@ from .planning.schedule import Rings
 from .policy import Compression, Placement, Policy, Tier
 from .storage.files import check_offload_folder
 from .storage.ledger import Ledger, gib
-from .storage.workspace import Workspace
+from .storage.workspace import EMULATED, Workspace
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent, is_store, read_header
 from .weights.store import StoredTensor, WeightStore
 from .weights.writer import Origin, write_store
@@ -357,9 +357,8 @@ def _default_policy(
 def _device(options: FlexGenConfig) -> torch.device:
     if options.device is not None:
         return torch.device(options.device)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None and found.type != EMULATED else torch.device("cpu")
 
 
 def _limits(options: FlexGenConfig, device: torch.device) -> tuple[dict[Tier, int], int | None]:

@@ -212,14 +212,17 @@ class TestEndings:
     def test_every_option_is_explained(self, command):
         assert run(command, "--help").exit_code == 0
 
-    def test_a_wrong_option_is_exit_code_two(self):
-        assert run_as_process("generate", TINY_OPT, "--prmpt", "a").returncode == 2
+    @pytest.mark.parametrize("wrong", [["--prmpt", "a"], ["--prompt", "a", "--dtype", "float17"]])
+    def test_a_wrong_option_is_exit_code_two(self, wrong):
+        assert run("generate", TINY_OPT, *wrong).exit_code == 2
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
             (["./nowhere", "--prompt", "a"], "no folder './nowhere'"),
             ([TINY_OPT, "--prompt", "a", "--policy", "20 80"], "has 2 numbers, not 6"),
+            ([TINY_OPT, "--prompt", "a", "--policy", "auto"], "not available in this version"),
+            ([TINY_OPT, "--prompt", "a", "--max-memory", "cpu=100KiB"], "raise max_memory"),
             ([TINY_OPT], "no prompt"),
             (["nobody/nothing", "--prompt", "a"], "cannot load 'nobody/nothing'"),
         ],

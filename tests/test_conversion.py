@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from conversion import hub
+from conversion import commands, hub
 from conversion.convert import convert
 from conversion.verify import verify
 from flexgen_hf.errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
@@ -197,7 +198,7 @@ def test_sources_that_cannot_be(source, tmp_path, monkeypatch):
     for given, error, fact in (
         ("./nowhere", StoreError, "is not a folder"),
         (source / "config.json", StoreError, "is not a folder"),
-        ("no-such-organisation/no-such-model", ConversionError, r"neither a folder nor .*no route to host"),
+        ("no-such-organisation/no-such-model", ConversionError, r"neither a folder nor .*cached snapshot"),
         ("a name with spaces!", ConversionError, "neither a folder nor"),
         (tmp_path, StoreError, r"has no config\.json"),
     ):
@@ -243,6 +244,27 @@ def test_what_is_taken_from_the_hub():
     assert hub.weight_patterns(["pytorch_model.bin", "flax_model.msgpack"]) == hub._PICKLES
 
 
+def test_without_a_connection_the_cache_serves(source, tmp_path, monkeypatch):
+    commit = "0123456789012345678901234567890123456789"
+    repository = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(source, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    class ConnectionLostError(Exception):
+        """As HTTP libraries have it: an exception of no standard kind."""
+
+    def offline(*_args: object, **_kwargs: object) -> list[str]:
+        raise ConnectionLostError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", offline)
+    for local_files_only in (False, True):
+        manifest = convert("org/name", tmp_path / "store", local_files_only=local_files_only)
+        assert (manifest.source, manifest.revision) == ("org/name", commit)
+
+
 def test_a_hub_model_records_its_revision(source, tmp_path, monkeypatch):
     commit = "0123456789012345678901234567890123456789"
     snapshot = tmp_path / "snapshots" / commit
@@ -272,9 +294,9 @@ def test_the_command_line(source, tmp_path):
     done = run(source, tmp_path / "store", "--dtype", "float16", "--weights", "20 80")
     assert (done.returncode, done.stdout.split(":")[1].split(",")[0]) == (0, " float16")
     assert Manifest.load(tmp_path / "store").placement == {"device": 0.2, "host": 0.8, "disk": 0.0}
-    done = run("verify", tmp_path / "store", source)
-    assert done.returncode == 0
-    assert "equals" in done.stdout
+    result = CliRunner().invoke(commands.app, ["verify", str(tmp_path / "store"), str(source)])
+    assert result.exit_code == 0
+    assert "equals" in result.output
     damaged(tmp_path / "store", "model.decoder.layers.0.fc2.bias", 0, 55)
     done = run("verify", tmp_path / "store", source)
     assert done.returncode == 1

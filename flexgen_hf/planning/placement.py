@@ -38,8 +38,8 @@ def assign(
             left[homes[key]] -= size
     free = [item for item in sizes if item[0] not in homes]
     for key, size in sorted(free, key=lambda item: -item[1]):
-        # Half a tensor may stick out: refusing it would leave as large an error on the other side.
-        fits = [tier for tier in tiers if left[tier] >= size / 2] or [max(tiers, key=lambda tier: left[tier])]
+        # Where none can take it whole, the one that it leaves with the smallest excess.
+        fits = [tier for tier in tiers if left[tier] >= size] or [max(tiers, key=lambda tier: left[tier])]
         tier = max(fits, key=lambda tier: left[tier] / placement.share(tier))
         left[tier] -= size
         homes[key] = tier

@@ -145,9 +145,12 @@ def zigzag(traffic: Traffic, sweep: int, *, rings: Rings = Rings(), overlap: boo
 def prefetch(traffic: Traffic, sweep: int, *, rings: Rings = Rings()) -> Iterator[Step]:
     """The weight loads of sweep `sweep` that can start while sweep `sweep - 1` ends: its first stages.
 
-    `zigzag` yields the same steps; a runner takes each once.
+    `zigzag` yields the same steps; a runner takes each once. The layers come first here: the embedding's slot is the
+    head's, which is needed until the very end.
     """
-    return _Zigzag(traffic, sweep, rings).first_loads()
+    loads = _Zigzag(traffic, sweep, rings)
+    yield from loads.first_layers()
+    yield from loads.load_weights(0)
 
 
 class _Zigzag:
@@ -161,22 +164,30 @@ class _Zigzag:
     def steps(self) -> Iterator[Step]:
         traffic, ahead = self.traffic, self.rings.layers - 1
         last = traffic.head - 1
-        yield from self.first_loads()
+        yield from self.load_weights(0)
+        yield from self.first_layers()
         for stage in range(1, traffic.head):
-            if 1 < stage + ahead <= last and stage + ahead not in self._first_layers():
-                yield from self.load_weights(stage + ahead)
-            if stage == last > 1:
-                yield from self.load_weights(traffic.head)
+            if not ahead and stage > 1:
+                yield from self.load_weights(stage)
             for batch in range(traffic.num_batches):
                 if stage == 1:
                     yield self.compute(0, batch)
                 yield from self.visit(stage, batch)
+                if batch == 0:  # behind the first cell: what is needed now must not stand in line behind what is not
+                    yield from self.loads_ahead(stage, ahead)
         if last == 1:  # with a single layer, the embedding leaves the slot only now
             yield from self.load_weights(traffic.head)
         yield self.compute(traffic.head, -1)
 
-    def first_loads(self) -> Iterator[Step]:
-        yield from self.load_weights(0)
+    def loads_ahead(self, stage: int, ahead: int) -> Iterator[Step]:
+        """The weights that are loaded while `stage` computes."""
+        last = self.traffic.head - 1
+        if ahead and stage + ahead <= last and stage + ahead not in self._first_layers():
+            yield from self.load_weights(stage + ahead)
+        if stage == last > 1:
+            yield from self.load_weights(self.traffic.head)
+
+    def first_layers(self) -> Iterator[Step]:
         for stage in self._first_layers():
             yield from self.load_weights(stage)
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import CapacityError
 from ..policy import Tier
-from .ledger import Ledger
+from .ledger import Ledger, gib
 
 __all__ = ["PAGE", "Buffer", "round_up", "tensor_view"]
 
@@ -50,12 +51,23 @@ class Buffer:
         return self._bytes
 
     def ensure(self, nbytes: int) -> torch.Tensor:
-        """Grows to at least `nbytes`; what was in it is lost when it grows. Nobody may be using it."""
+        """Grows to at least `nbytes`; what was in it is lost when it grows. Nobody may be using it.
+
+        Raises:
+            CapacityError: the tier or the system has not enough.
+        """
         nbytes = round_up(max(nbytes, 1))
         if nbytes > self.nbytes:
             self.free()
             self._ledger.take(self._tier, nbytes, self._what)
-            self._bytes = _allocate(nbytes, self._device)
+            try:
+                self._bytes = _allocate(nbytes, self._device)
+            except (OSError, OverflowError, torch.OutOfMemoryError) as error:
+                self._ledger.give(self._tier, nbytes, self._what)
+                raise CapacityError(
+                    f"{self._what} needs {gib(nbytes)} on the {self._tier} tier, which the system refuses ({error}); "
+                    "give max_memory less than there is, or lower batch_size or num_batches"
+                ) from error
         return self.bytes
 
     def free(self) -> None:
@@ -72,9 +84,8 @@ def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:
-    if hasattr(
-        mmap, "MAP_PRIVATE"
-    ):  # shared memory, Python's default, cannot use huge pages and is accounted elsewhere
+    # shared memory, Python's default, cannot use huge pages and is accounted elsewhere
+    if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, nbytes)
 
@@ -90,6 +101,6 @@ def tensor_view(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Se
     for size in shape:
         nbytes *= size
     part = memory[offset : offset + nbytes]
-    if (part.storage_offset() + 0) % dtype.itemsize:
+    if part.storage_offset() % dtype.itemsize:
         part = part.clone()
     return part.view(dtype).view(tuple(shape))

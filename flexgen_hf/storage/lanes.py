@@ -106,6 +106,8 @@ class Lanes:
         Returns:
             The ticket. If one of `after` fails, the work is not run and the ticket fails with the same error.
         """
+        if not self._threads:
+            raise RuntimeError(f"{name} was submitted to lane {lane!r} after the lanes were closed")
         ticket = Ticket(name)
         self._queues[lane].put((ticket, work, tuple(after)))
         return ticket

@@ -10,7 +10,10 @@ import torch
 from ..planning.schedule import Rings
 from .ledger import Ledger
 
-__all__ = ["Workspace"]
+__all__ = ["EMULATED", "Workspace"]
+
+#: type of the device that `flexgen_hf.bench` emulates
+EMULATED = "emulated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +36,8 @@ class Workspace:
     def is_direct(self) -> bool:
         """Whether compute works in host memory, so that nothing needs to be moved between host and device."""
         return self.device.type == "cpu"
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device computes on after a call returned, so that waiting for it takes an event."""
+        return not self.is_direct and hasattr(getattr(torch, self.device.type, None), "Event")

@@ -1,0 +1,1 @@
+"""Measuring, and the emulated accelerator that makes it possible without one."""

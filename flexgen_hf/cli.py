@@ -104,7 +104,7 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     ] = None,
     offload_folder: Annotated[Path | None, typer.Option(help="Folder of the disk tier.", file_okay=False)] = None,
     dtype: Annotated[
-        _Dtype | None, typer.Option(help="Element type of compute.", show_default="the checkpoint's")
+        _Dtype | None, typer.Option(help="Element type of compute.", show_default="float32 on a CPU, else the checkpoint's")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Show the policy and what moved, on stderr.")] = False,
@@ -226,7 +226,7 @@ def _load(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     from . import FlexGenForCausalLM
-    from .text import load_tokenizer
+    from .text import dtype_of_compute, load_tokenizer
 
     _hide_loading_bar()
     source = str(Path(model).expanduser()) if model.startswith("~") else model
@@ -235,7 +235,7 @@ def _load(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
         # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
         AutoConfig.from_pretrained(source, **hub_options)
         tokenizer = load_tokenizer(source, **hub_options)
-        return tokenizer, FlexGenForCausalLM.from_pretrained(source, **options)
+        return tokenizer, FlexGenForCausalLM.from_pretrained(source, **{"dtype": dtype_of_compute(), **options})
     except FlexGenError:
         raise
     except OSError as error:

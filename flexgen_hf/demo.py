@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import FlexGenError, StoreError
 from .policy import Placement, Policy
-from .text import complete, load_tokenizer
+from .text import complete, dtype_of_compute, load_tokenizer
 
 __all__ = ["MODELS", "DemoModel", "choose", "run", "save_smollm2"]
 
@@ -140,7 +140,7 @@ def run(
         tokenizer = load_tokenizer(str(store))
         prompts = [_as_message(tokenizer, p) if chosen.chat else p for p in chosen.prompts]
         with FlexGenForCausalLM.from_pretrained(
-            str(store), policy=POLICY, offload_folder=str(Path(folder) / "offload"), dtype=_dtype_of_compute()
+            str(store), policy=POLICY, offload_folder=str(Path(folder) / "offload"), dtype=dtype_of_compute()
         ) as model:
             texts = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **chosen.generation)
             say("")
@@ -255,13 +255,6 @@ def _tiny_opt(say: Callable[[str], None]) -> DemoModel:  # noqa: ARG001  one sig
         # a model of this size repeats itself under plain greedy search
         generation={"repetition_penalty": 1.2},
     )
-
-
-def _dtype_of_compute() -> str:
-    # many CPUs compute in 16 bit, but tens of times slower than in 32
-    import torch
-
-    return "auto" if torch.accelerator.is_available() else "float32"
 
 
 def _as_message(tokenizer: Any, prompt: str) -> str:

@@ -329,7 +329,7 @@ class Executor:
         inputs = [c.head_input for c in waiting if c.head_input is not None]
         if inputs and len(inputs) == len(waiting) and type(head) is nn.Linear:
             logits = _linear(torch.cat(inputs), head.weight, head.bias)
-            for coroutine, part in zip(waiting, logits.split([x.shape[0] for x in inputs]), strict=True):
+            for coroutine, part in zip(waiting, torch.split(logits, [x.shape[0] for x in inputs]), strict=True):
                 coroutine.head_output = part
         for coroutine in waiting:
             self._resume(coroutine, self.structure.head_stage)

@@ -1,3 +1,33 @@
-"""Shared fixtures: tiny random checkpoints and ragged prompts."""
+"""Shared fixtures: a tiny random checkpoint, the model that transformers makes of it, and ragged prompts."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .checkpoints import opt_config
+from .comparison import load_plain, ragged, save_tiny
+
+# Two test processes share two noisy cores; torch's threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny OPT in fp32 whose tokens differ from prompt to prompt. Tests leave it as it is."""
+    return save_tiny(opt_config(), tmp_path_factory.mktemp("tiny-opt") / "opt")
+
+
+@pytest.fixture(scope="session")
+def plain_opt(tiny_opt: Path) -> Any:
+    """What transformers makes of `tiny_opt`."""
+    return load_plain(tiny_opt)
+
+
+@pytest.fixture
+def prompts() -> dict[str, Any]:
+    """Seven distinct, ragged, left-padded prompts."""
+    return ragged()

@@ -100,19 +100,19 @@ _library: list[Any] = []
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor on the emulated device; `values` is a CPU tensor that only the device may touch."""
+    """A tensor on the emulated device; `held` is a CPU tensor that only the device may touch."""
 
-    values: torch.Tensor
+    held: torch.Tensor
     allocation: _Allocation
 
     @staticmethod
-    def __new__(cls, values: torch.Tensor, requires_grad: bool = False) -> torch.Tensor:
+    def __new__(cls, values: torch.Tensor, requires_grad: bool = False) -> Any:
         """Puts `values` on the device; accelerate rebuilds parameters as `cls(values, requires_grad=...)`."""
         values = _values(values)
         if values.device.type == "meta":
             return values
         allocation = _allocation_of(values)
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
@@ -122,8 +122,8 @@ class DeviceTensor(torch.Tensor):
             device=torch.device(EMULATED, 0),
             requires_grad=False,
         )
-        made.values, made.allocation = values, allocation
-        return made  # type: ignore[no-any-return]
+        made.held, made.allocation = values, allocation
+        return made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -139,7 +139,7 @@ class DeviceTensor(torch.Tensor):
 
 
 def _values(x: Any) -> Any:
-    return x.values if isinstance(x, DeviceTensor) else x
+    return x.held if isinstance(x, DeviceTensor) else x
 
 
 def _allocation_of(values: torch.Tensor) -> _Allocation:
@@ -195,7 +195,7 @@ def _run(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if target == EMULATED:
         kwargs["device"] = "cpu"
     out = func(*tree_map(_values, args), **tree_map(_values, kwargs))
-    if args and isinstance(args[0], DeviceTensor) and out is args[0].values:
+    if args and isinstance(args[0], DeviceTensor) and out is args[0].held:
         return args[0]  # an in-place operation returns its own tensor
     if target in ("cpu", "meta"):
         return out

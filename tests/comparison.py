@@ -1,0 +1,74 @@
+"""What tests that compare with transformers share: tiny random models, ragged prompts, and the comparison itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from flexgen_hf import FlexGenForCausalLM, Policy
+
+__all__ = ["BEAMS", "GREEDY", "SAMPLING", "THREE_TIERS", "load_ours", "load_plain", "ragged", "same_tokens", "save_tiny"]
+
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 1.2, "top_k": 40, "top_p": 0.95}
+BEAMS: dict[str, Any] = {"do_sample": False, "num_beams": 3}
+
+#: weights, cache and hidden states on all three tiers, in micro-batches of two
+THREE_TIERS = Policy.parse("30 30 30 40 30 30", batch_size=2, num_batches=3)
+
+
+def save_tiny(config: PretrainedConfig, folder: Path, *, std: float = 0.3, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a checkpoint of `config` with random weights, large enough that every prompt gets tokens of its own.
+
+    transformers' own initialization is so small that tiny models repeat one token, whatever goes wrong.
+    """
+    generator = torch.Generator().manual_seed(1)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator) * std
+            tensor.copy_(1 + noise / 3 if "norm" in name and name.endswith("weight") else noise)
+    model.generation_config.eos_token_id = None
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def ragged(
+    lengths: Sequence[int] = (3, 7, 5, 2, 9, 4, 6), vocabulary: int = 90, *, pad: int = 1, left: bool = True
+) -> dict[str, Any]:
+    """Distinct prompts of different lengths as a tokenizer pads them: `input_ids` and `attention_mask`."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.full((len(lengths), max(lengths)), pad)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        tokens = slice(-length, None) if left else slice(0, length)
+        ids[row, tokens] = torch.randint(3, vocabulary, (length,), generator=generator)
+        mask[row, tokens] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def load_plain(folder: Path, **options: Any) -> Any:
+    """The model as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def load_ours(folder: Path, policy: Policy | str = THREE_TIERS, **options: Any) -> Any:
+    """The model as this package loads it; spill files go into the checkpoint's parent folder."""
+    options = {"offload_folder": Path(folder).parent / "offload", **options}
+    return FlexGenForCausalLM.from_pretrained(folder, policy=policy, **options)
+
+
+def same_tokens(reference: Any, ours: Any, mode: dict[str, Any], inputs: dict[str, Any], **settings: Any) -> Any:
+    """Asserts that both models generate the same tokens (with one seed, where they are drawn), and returns them."""
+    settings = {"max_new_tokens": 6, "pad_token_id": 1, **mode, **settings}
+    torch.manual_seed(5)
+    want = reference.generate(**inputs, **settings)
+    torch.manual_seed(5)
+    got = ours.generate(**inputs, **settings)
+    want_tokens, got_tokens = (getattr(out, "sequences", out) for out in (want, got))
+    assert torch.equal(want_tokens, got_tokens), f"\nwant {want_tokens.tolist()}\ngot  {got_tokens.tolist()}"
+    return got

@@ -104,7 +104,8 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     ] = None,
     offload_folder: Annotated[Path | None, typer.Option(help="Folder of the disk tier.", file_okay=False)] = None,
     dtype: Annotated[
-        _Dtype | None, typer.Option(help="Element type of compute.", show_default="float32 on a CPU, else the checkpoint's")
+        _Dtype | None,
+        typer.Option(help="Element type of compute.", show_default="float32 on a CPU, else the checkpoint's"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Show the policy and what moved, on stderr.")] = False,

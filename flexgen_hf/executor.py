@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,10 +104,10 @@ class Executor:
         """
         with self._lock:
             self._depth += 1
-            if self._depth == 1:
-                self._open()
-            assert self.last_run is not None
             try:
+                if self._depth == 1:
+                    self._open()
+                assert self.last_run is not None
                 yield self.last_run
                 if self._depth == 1:
                     self.settle()
@@ -131,12 +132,11 @@ class Executor:
             self._lanes.close()
             self._lanes = None
         self._cache = None
-        if self._hidden is not None:
-            self._hidden.close()
-            self._hidden = None
+        self._drop_hidden()
         self.last_run.elapsed_s = time.perf_counter() - self._started
         self.last_run.peak_bytes = self.space.ledger.peaks()
         self.last_run.peak_rss_bytes = _peak_rss_bytes()
+        self.last_run.notes += self.weights.notes
 
     def _abort(self) -> None:
         """Stops the lanes where they are and forgets what was on its way."""
@@ -150,6 +150,12 @@ class Executor:
         self._outer_loaded = False
         self._sweep += 1
         self._parameters.clear()
+        self._drop_hidden()
+
+    def _drop_hidden(self) -> None:
+        if self._hidden is not None:
+            self._hidden.close()
+            self._hidden = None
 
     def settle(self) -> None:
         """Waits until no lane moves anything; raises the first error."""
@@ -184,8 +190,12 @@ class Executor:
 
         Returns:
             What each body returned.
+
+        Raises:
+            StepError: something could not be moved. What the model's own code raises comes as it is, with a note that
+                names the step. The cache is closed then: some of its cells hold more tokens than others.
         """
-        with self.session() as report:
+        with _closed_on_error(cache), self.session() as report:
             started = time.perf_counter()
             fresh = cache is None or cache.get_seq_length() == 0
             if cache is not self._cache:
@@ -281,18 +291,19 @@ class Executor:
         for ticket in self._awaited(step):
             ticket.wait()
         started = time.perf_counter()
-        if self.before_step is not None:
-            self.before_step(Lane.COMPUTE.value, step.id)
-        if batch <= 0:
-            self._install(stage)
-        if cache is not None and 0 < stage < self.structure.head_stage:
-            cache.children[batch].cells[stage - 1].bind(step.slot)
-        if stage == self.structure.head_stage:
-            self._run_head(coroutines)
-        else:
-            self._resume(coroutines[batch], stage)
-        if batch in (-1, len(coroutines) - 1):
-            self._uninstall(stage)
+        with _noted(step):
+            if self.before_step is not None:
+                self.before_step(Lane.COMPUTE.value, step.id)
+            if batch <= 0:
+                self._install(stage)
+            if cache is not None and 0 < stage < self.structure.head_stage:
+                cache.children[batch].cells[stage - 1].bind(step.slot)
+            if stage == self.structure.head_stage:
+                self._run_head(coroutines)
+            else:
+                self._resume(coroutines[batch], stage)
+            if batch in (-1, len(coroutines) - 1):
+                self._uninstall(stage)
         use = self._uses[Lane.COMPUTE.value]
         use.busy_s += time.perf_counter() - started
         use.steps += 1
@@ -556,6 +567,28 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return out
 
 
+@contextlib.contextmanager
+def _closed_on_error(cache: BlockCache | None) -> Iterator[None]:
+    """Whoever handles the error may keep the cache alive; what it holds is of no use and should not take room."""
+    try:
+        yield
+    except BaseException:
+        if cache is not None:
+            cache.close()
+        raise
+
+
+@contextlib.contextmanager
+def _noted(step: Step) -> Iterator[None]:
+    """The model's own errors keep their type, as code written for transformers expects, and say where they arose."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"{step.id} failed in lane '{step.id.lane}'")
+        raise
+
+
 def _end(coroutines: list[_Row]) -> None:
     """Ends coroutines that an error left suspended, so that they give back what they hold."""
     for coroutine in coroutines:
@@ -568,8 +601,6 @@ def _peak_rss_bytes() -> int:
         import resource
     except ImportError:  # Windows
         return 0
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

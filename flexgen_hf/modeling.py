@@ -139,26 +139,36 @@ class FlexGenForCausalLM:
         whole = super().generate  # type: ignore[misc]
         call = _bound(whole, args, kwargs)
         with torch.no_grad(), self._executor.session():
-            prompts = self._prompts_per_block(call)
+            settings = self._settings(whole, call)
+            prompts = self._prompts_per_block(call, settings)
             if prompts is None:
                 return whole(*args, **kwargs)
-            return self._generate_in_blocks(whole, call, prompts)
+            return self._generate_in_blocks(whole, call, prompts, _pad_token(settings))
 
-    def _prompts_per_block(self, call: dict[str, Any]) -> int | None:
+    def _settings(self, generate: Any, call: dict[str, Any]) -> GenerationConfig:
+        """The settings of a call as transformers resolves them: from arguments, from a given config, from the model's."""
+        named = inspect.signature(generate).parameters
+        free = {name: value for name, value in call.items() if name not in named}
+        settings: GenerationConfig
+        settings, _ = self._prepare_generation_config(call.get("generation_config"), **free)  # type: ignore[attr-defined]
+        return settings
+
+    def _prompts_per_block(self, call: dict[str, Any], settings: GenerationConfig) -> int | None:
         """How many prompts fill a block, or None if the call is not to be cut."""
         rows = _row_inputs(call)
         if not rows or any(value is not None for name, value in call.items() if name in _SEES_WHOLE_BATCH):
             return None
         if any(isinstance(v, (torch.Tensor, Cache)) for n, v in call.items() if n not in rows):
             return None
-        setting = functools.partial(_setting, call, self.generation_config)
-        if setting("do_sample") or setting("return_dict_in_generate") or setting("max_time") is not None:
+        if settings.do_sample or settings.return_dict_in_generate:
             return None
-        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        if settings.max_time is not None or settings.stop_strings is not None:  # rows go on until the last one stops
+            return None
+        copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         prompts = max(1, self.policy.block_size // copies)
         return prompts if next(iter(rows.values())).shape[0] > prompts else None
 
-    def _generate_in_blocks(self, generate: Any, call: dict[str, Any], prompts: int) -> torch.Tensor:
+    def _generate_in_blocks(self, generate: Any, call: dict[str, Any], prompts: int, pad: int) -> torch.Tensor:
         rows = _row_inputs(call)
         rest = {name: value for name, value in call.items() if name not in rows}
         total = next(iter(rows.values())).shape[0]
@@ -167,7 +177,6 @@ class FlexGenForCausalLM:
             for start, end in spans_of(total, prompts)
         ]
         width = max(block.shape[1] for block in blocks)
-        pad = _pad_token(call, self.generation_config)
         return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1]), value=pad) for block in blocks])
 
     def _prepare_cache_for_generation(
@@ -298,7 +307,7 @@ class FlexGenForCausalLM:
                 # Over all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
                 vocabulary = self.config.get_text_config(decoder=True).vocab_size
                 loss: Any = self.loss_function  # type: ignore[attr-defined]
-                output["loss"] = loss(logits=output.logits, labels=labels, vocab_size=vocabulary)
+                output = type(output)(loss=loss(logits=output.logits, labels=labels, vocab_size=vocabulary), **output)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
 
@@ -347,19 +356,9 @@ def _row_inputs(call: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {n: call[n] for n in _ROW_INPUTS if isinstance(call.get(n), torch.Tensor) and call[n].ndim == 2}
 
 
-def _setting(call: dict[str, Any], default: GenerationConfig, name: str) -> Any:
-    """A generation setting as transformers resolves it: argument, given config, the model's config."""
-    given = call.get("generation_config")
-    for value in (call.get(name), getattr(given, name, None), getattr(default, name, None)):
-        if value is not None:
-            return value
-    return None
-
-
-def _pad_token(call: dict[str, Any], default: GenerationConfig) -> int:
-    pad = _setting(call, default, "pad_token_id")
-    if pad is None:
-        pad = _setting(call, default, "eos_token_id")
+def _pad_token(settings: GenerationConfig) -> int:
+    """What rows that ended are filled up with: the padding token, else the first token that ends a text."""
+    pad: Any = settings.pad_token_id if settings.pad_token_id is not None else settings.eos_token_id
     if isinstance(pad, torch.Tensor):
         pad = pad.flatten().tolist()
     return int((pad[0] if isinstance(pad, (list, tuple)) else pad) or 0)

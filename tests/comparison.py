@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.cache_utils import Cache
 
 from flexgen_hf import FlexGenForCausalLM, Policy
 
-__all__ = ["BEAMS", "GREEDY", "SAMPLING", "THREE_TIERS", "load_ours", "load_plain", "ragged", "same_tokens", "save_tiny"]
+__all__ = [
+    "BEAMS",
+    "GREEDY",
+    "SAMPLING",
+    "THREE_TIERS",
+    "load_ours",
+    "load_plain",
+    "ragged",
+    "same_tokens",
+    "same_values",
+    "save_tiny",
+]
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 1.2, "top_k": 40, "top_p": 0.95}
@@ -72,3 +84,33 @@ def same_tokens(reference: Any, ours: Any, mode: dict[str, Any], inputs: dict[st
     want_tokens, got_tokens = (getattr(out, "sequences", out) for out in (want, got))
     assert torch.equal(want_tokens, got_tokens), f"\nwant {want_tokens.tolist()}\ngot  {got_tokens.tolist()}"
     return got
+
+
+def same_values(want: Any, got: Any, where: str = "output") -> None:
+    """Asserts that two outputs of transformers have the same fields, and tensors equal but for rounding.
+
+    A matrix product over fewer rows may round its last bit another way. Caches are compared row by row.
+    """
+    if isinstance(want, Cache):
+        _same_cache(want, got, where)
+    elif isinstance(want, torch.Tensor):
+        assert want.shape == got.shape, f"{where}: {tuple(got.shape)} instead of {tuple(want.shape)}"
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda text: f"{where}: {text}")
+    elif isinstance(want, Mapping):
+        assert set(want) == set(got), where
+        for key, value in want.items():
+            same_values(value, got[key], f"{where}.{key}")
+    elif isinstance(want, (tuple, list)):
+        assert len(want) == len(got), f"{where}: {len(got)} instead of {len(want)}"
+        for index, (one, other) in enumerate(zip(want, got, strict=True)):
+            same_values(one, other, f"{where}[{index}]")
+    else:
+        assert want == got, where
+
+
+def _same_cache(want: Any, got: Any, where: str) -> None:
+    assert want.get_seq_length() == got.get_seq_length(), where
+    for layer, theirs in enumerate(want.layers):
+        for what in ("keys", "values"):
+            parts = [getattr(child.layers[layer], what) for child in getattr(got, "children", [got])]
+            same_values(getattr(theirs, what), torch.cat(parts), f"{where}, {what} of layer {layer}")

@@ -437,4 +437,4 @@ def test_the_schedule_needs_no_torch():
 
 def test_a_step_says_what_it_is():
     assert str(StepId(2, Lane.DISK_TO_HOST, What.CACHE, 3, 1)) == "cache of stage 3, micro-batch 1 in sweep 2"
-    assert str(StepId(0, Lane.COMPUTE, What.STAGE, 4)) == "stage of stage 4 in sweep 0"
+    assert str(StepId(0, Lane.COMPUTE, What.STAGE, 4)) == "compute of stage 4 in sweep 0"

@@ -67,7 +67,8 @@ class StepId(NamedTuple):
 
     def __str__(self) -> str:
         batch = f", micro-batch {self.batch}" if self.batch >= 0 else ""
-        return f"{self.what} of stage {self.stage}{batch} in sweep {self.sweep}"
+        what = "compute" if self.what is What.STAGE else self.what
+        return f"{what} of stage {self.stage}{batch} in sweep {self.sweep}"
 
 
 class Step(NamedTuple):

@@ -19,16 +19,18 @@ from .ledger import Ledger, gib
 
 __all__ = ["Files", "SpillFile", "check_offload_folder"]
 
-# One system call moves at most 2 GiB on Linux; smaller calls let other requests in between.
-_CALL_BYTES = 64 << 20
+# Large enough for the disk's full speed, small enough to let other requests in between.
+_CALL_BYTES = 8 << 20
 
 
 class Files:
     """Open files for reading by offset, opened once each. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[tuple[Path, bool], int] = {}
         self._lock = threading.Lock()
+        #: files whose file system does not allow reads past the page cache
+        self.cached: set[Path] = set()
 
     def read(self, path: Path, offset: int, memory: torch.Tensor) -> int:
         """Fills `memory` (uint8, shape (n,), on the CPU) with the file's bytes from `offset`; returns n.
@@ -39,9 +41,45 @@ class Files:
         try:
             return _read_all(self._descriptor(path), offset, memory, path)
         except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot read {path} ({error.strerror}); restore the file or convert again") from error
+            raise self._told(error, path) from error
+
+    @staticmethod
+    def _told(error: OSError, path: Path) -> StoreError:
+        if isinstance(error, StoreError):
+            return error
+        return StoreError(f"cannot read {path} ({error.strerror}); restore the file or convert again")
+
+    def read_run(self, path: Path, offset: int, buffer: torch.Tensor, at: int, nbytes: int) -> int:
+        """Fills `buffer[at : at + nbytes]` from `offset`, past the page cache where that is possible; returns nbytes.
+
+        A read past the cache (O_DIRECT) moves whole pages, so the bytes around the run in its first and last page are
+        overwritten as well. It needs a page-aligned buffer in which the run lies as it lies in the file, and a file
+        system that allows it; otherwise the read goes through the cache.
+
+        Args:
+            path: the file.
+            offset: where the run begins in it.
+            buffer: uint8, on the CPU.
+            at: where the run goes; for a direct read, `at` and `offset` are equal modulo 4096.
+            nbytes: its length.
+
+        Raises:
+            StoreError: the file is gone or ends early.
+        """
+        before = offset % PAGE
+        start, length = at - before, round_up(before + nbytes)
+        fits = start >= 0 and start + length <= buffer.numel() and (buffer.data_ptr() + start) % PAGE == 0
+        if not fits or path in self.cached or not hasattr(os, "O_DIRECT"):
+            return self.read(path, offset, buffer[at : at + nbytes])
+        try:
+            descriptor = self._descriptor(path, direct=True)
+            _read_all(descriptor, offset - before, buffer[start : start + length], path, enough=before + nbytes)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise self._told(error, path) from error
+            self.cached.add(path)
+            return self.read(path, offset, buffer[at : at + nbytes])
+        return nbytes
 
     def close(self) -> None:
         """Closes every file."""
@@ -50,21 +88,24 @@ class Files:
                 os.close(descriptor)
             self._open.clear()
 
-    def _descriptor(self, path: Path) -> int:
+    def _descriptor(self, path: Path, direct: bool = False) -> int:
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | (os.O_DIRECT if direct else 0)
         with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._open[path]
+            if (path, direct) not in self._open:
+                self._open[path, direct] = os.open(path, flags)
+            return self._open[path, direct]
 
 
-def _read_all(descriptor: int, offset: int, memory: torch.Tensor, path: Any) -> int:
+def _read_all(descriptor: int, offset: int, memory: torch.Tensor, path: Any, enough: int | None = None) -> int:
+    """Fills `memory`, or at least its first `enough` bytes: a direct read may ask for more than the file has."""
+    enough = memory.numel() if enough is None else enough
     view = memoryview(memory.numpy())  # type: ignore[arg-type]
     done = 0
-    while done < len(view):
+    while done < enough:
         count = os.preadv(descriptor, [view[done : done + _CALL_BYTES]], offset + done)
         if count == 0:
             raise StoreError(
-                f"{path} ends at byte {offset + done}, {len(view) - done} bytes early; the file is truncated, "
+                f"{path} ends at byte {offset + done}, {enough - done} bytes early; the file is truncated, "
                 "download or convert it again"
             )
         done += count

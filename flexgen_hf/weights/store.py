@@ -177,7 +177,7 @@ class WeightStore:
         assert staging is not None
         moved = 0
         for run in self._stages[stage].runs:
-            moved += self._files.read(run.file, run.offset, staging.bytes[run.at : run.at + run.nbytes])
+            moved += self._files.read_run(run.file, run.offset, staging.bytes, run.at, run.nbytes)
         return moved
 
     def push(self, stage: int, slot: int) -> int:
@@ -202,6 +202,12 @@ class WeightStore:
             self.read(stage, slot)
         if route.push:
             self.push(stage, slot)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is done differently from what one would expect."""
+        folders = sorted({str(path.parent) for path in self._files.cached})
+        return [f"reads go through the page cache: {folder} does not allow O_DIRECT" for folder in folders]
 
     @property
     def stored(self) -> list[StoredTensor]:

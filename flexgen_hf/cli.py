@@ -109,6 +109,9 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Show the policy and what moved, on stderr.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write what each lane did when, for ui.perfetto.dev.", dir_okay=False)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write JSON lines with `prompt` and `text` here.", dir_okay=False)
     ] = None,
@@ -131,6 +134,8 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         texts = _complete(loaded, tokenizer, prompts, seed, max_new_tokens=max_new_tokens, **sampling)
         if report:
             typer.echo(str(loaded.last_run), err=True)
+        if trace is not None:
+            loaded.last_run.trace(trace)
     _write(prompts, texts, output)
 
 

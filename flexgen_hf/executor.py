@@ -304,9 +304,7 @@ class Executor:
                 self._resume(coroutines[batch], stage)
             if batch in (-1, len(coroutines) - 1):
                 self._uninstall(stage)
-        use = self._uses[Lane.COMPUTE.value]
-        use.busy_s += time.perf_counter() - started
-        use.steps += 1
+        self._uses[Lane.COMPUTE.value].add(step.id, started)
         self._tickets[step.id].finish(event=self._event())
 
     def _resume(self, coroutine: _Row, stage: int) -> None:

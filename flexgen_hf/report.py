@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from .policy import Policy, Tier
@@ -109,6 +111,31 @@ class RunReport:
             "policy": self.policy.to_dict(),
             "notes": list(self.notes),
         }
+
+    def trace(self, path: str | Path) -> None:
+        """Writes what each lane did when, in Chrome's trace format, which https://ui.perfetto.dev opens.
+
+        Args:
+            path: the JSON file. Times are in microseconds from the first event; of a long run the last steps are kept.
+        """
+        lanes = {name: list(use.events) for name, use in self.lanes.items()}
+        start = min((event.started for events in lanes.values() for event in events), default=0.0)
+        rows: list[dict[str, Any]] = []
+        for thread, (name, events) in enumerate(lanes.items()):
+            rows.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": {"name": name}})
+            rows += [
+                {
+                    "ph": "X",
+                    "pid": 1,
+                    "tid": thread,
+                    "name": str(event.name),
+                    "ts": (event.started - start) * 1e6,
+                    "dur": (event.ended - event.started) * 1e6,
+                    "args": {"bytes": event.bytes},
+                }
+                for event in events
+            ]
+        Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}))
 
     def __str__(self) -> str:
         lines = [

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import flexgen_hf
 from flexgen_hf import FlexGenError, Placement, Policy, PolicyError, cli
+from flexgen_hf.text import dtype_of_compute
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT = ROOT / "flexgen_hf" / "assets" / "tiny-opt"
@@ -76,7 +77,7 @@ class TestGenerate:
         assert result.exit_code == 0
         (model,) = recorded
         assert model.source == str(TINY_OPT)
-        assert model.options == {}
+        assert model.options == {"dtype": dtype_of_compute()}
         assert model.generation == {"pad_token_id": 1, "max_new_tokens": 32}
         assert model.is_closed
 
@@ -106,7 +107,7 @@ class TestGenerate:
     def test_the_originals_spellings(self, recorded):
         original = "--percent 20 80 0 100 0 100 --gpu-batch-size 48 --num-gpu-batches 3".split()
         assert run("generate", TINY_OPT, "--prompt", "a", *original).exit_code == 0
-        assert recorded[0].options == {"policy": Policy.parse("20 80 0 100 0 100", batch_size=48, num_batches=3)}
+        assert recorded[0].options["policy"] == Policy.parse("20 80 0 100 0 100", batch_size=48, num_batches=3)
 
     def test_prompts_of_a_file_and_of_standard_input(self, recorded, tmp_path):
         file = tmp_path / "prompts.txt"
@@ -131,6 +132,13 @@ class TestGenerate:
         result = run("generate", TINY_OPT, "--prompt", "Peace", "--report")
         assert result.stderr == "what moved\n"
         assert "what moved" not in result.stdout
+
+    def test_the_trace_goes_to_a_file(self, tmp_path):
+        file = tmp_path / "run.json"
+        options = ["--max-new-tokens", "2", "--percent", "0", "0", "0", "0", "0", "0", "--offload-folder", tmp_path]
+        assert run("generate", TINY_OPT, "--prompt", "Peace", "--trace", file, *options).exit_code == 0
+        rows = json.loads(file.read_text())["traceEvents"]
+        assert {row["name"] for row in rows if row["ph"] == "M"} == {"thread_name"}
 
     def test_a_sampling_option_means_sampling(self, recorded):
         run("generate", TINY_OPT, "--prompt", "a", "--temperature", "0.7")

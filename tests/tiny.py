@@ -8,18 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTForCausalLM, set_seed
 
 from flexgen_hf import FlexGenForCausalLM, Placement, Policy
+from flexgen_hf.storage.workspace import Workspace
 from tests.checkpoints import opt_config
 
-__all__ = ["DISK", "batch", "flexgen_threads", "load", "reference", "watchdog", "write_tiny_opt"]
+__all__ = [
+    "DISK",
+    "EVERYTHING_ON_DISK",
+    "batch",
+    "flexgen_threads",
+    "greedy",
+    "load",
+    "pretend_accelerator",
+    "reference",
+    "watchdog",
+    "write_tiny_opt",
+]
 
 DISK = Placement(disk=1.0)
 
-# Everything moves: what is wrong in moving shows here first.
-EVERYTHING_ON_DISK: dict[str, Any] = {"weights": DISK, "cache": DISK, "hidden": DISK}
+# Everything moves: what is wrong in moving shows here first. A ragged last micro-batch for seven rows.
+EVERYTHING_ON_DISK = Policy(weights=DISK, cache=DISK, hidden=DISK, batch_size=2, num_batches=4)
 
 
 def write_tiny_opt(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
@@ -54,10 +67,28 @@ def reference(folder: Path) -> Any:
 
 
 def load(folder: Path, offload: Path, policy: Policy | None = None, **options: Any) -> Any:
-    """Our model, by default with everything on disk and a ragged last micro-batch for seven rows."""
-    policy = policy or Policy(**EVERYTHING_ON_DISK, batch_size=2, num_batches=4)
-    options = {"dtype": torch.float32, "device": "cpu", **options}
-    return FlexGenForCausalLM.from_pretrained(folder, policy=policy, offload_folder=offload, **options)
+    """Our model, by default with everything on disk."""
+    options = {"policy": policy or EVERYTHING_ON_DISK, "dtype": torch.float32, "device": "cpu", **options}
+    return FlexGenForCausalLM.from_pretrained(folder, offload_folder=offload, **options)
+
+
+def greedy(model: Any, prompts: dict[str, torch.Tensor], tokens: int = 4, **options: Any) -> Any:
+    """Sequences and logits of so many tokens, whatever they are."""
+    return model.generate(
+        **prompts,
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=-1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def pretend_accelerator(patch: pytest.MonkeyPatch) -> None:
+    """Has everything pushed to the device and pulled from it, though both are the same memory: all lanes are used."""
+    patch.setattr(Workspace, "is_direct", False)
+    patch.setattr(Workspace, "is_asynchronous", False)
 
 
 def flexgen_threads() -> list[str]:

@@ -6,16 +6,17 @@ is submitted in an order in which everything waited for comes first, so lanes ca
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import StepError
 
-__all__ = ["LaneUse", "Lanes", "Ticket"]
+__all__ = ["Event", "LaneUse", "Lanes", "Ticket"]
 
 
 class Ticket:
@@ -59,6 +60,19 @@ class Ticket:
             self.event = None
 
 
+class Event(NamedTuple):
+    """A piece of work that a lane did, between two values of `time.perf_counter()`."""
+
+    name: Any
+    started: float
+    ended: float
+    bytes: int
+
+
+# A trace of the last steps is what one looks at; a night's job must not collect millions.
+_KEPT_EVENTS = 100_000
+
+
 @dataclasses.dataclass
 class LaneUse:
     """What a lane did: seconds at work, bytes moved, pieces of work."""
@@ -66,6 +80,17 @@ class LaneUse:
     busy_s: float = 0.0
     bytes: int = 0
     steps: int = 0
+    events: collections.deque[Event] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=_KEPT_EVENTS), repr=False, compare=False
+    )
+
+    def add(self, name: Any, started: float, nbytes: int = 0) -> None:
+        """Notes a piece of work that ends now; `started` is a `time.perf_counter()`."""
+        ended = time.perf_counter()
+        self.busy_s += ended - started
+        self.bytes += nbytes
+        self.steps += 1
+        self.events.append(Event(name, started, ended, nbytes))
 
 
 _Work = Callable[[], int]
@@ -144,14 +169,13 @@ class Lanes:
             return error
         if self._cancelled:
             return StepError(lane, str(ticket.name), InterruptedError("the run was stopped"))
-        started = time.perf_counter()
+        started, moved = time.perf_counter(), 0
         try:
             if self._before_step is not None:
                 self._before_step(lane, ticket.name)
-            use.bytes += work()
+            moved = work()
         except BaseException as error:  # noqa: BLE001  carried to the caller by the ticket
             return StepError(lane, str(ticket.name), error)
         finally:
-            use.busy_s += time.perf_counter() - started
-            use.steps += 1
+            use.add(ticket.name, started, moved)
         return None

@@ -81,6 +81,7 @@ class Executor:
         self.last_run: RunReport | None = None
         self._lock = threading.RLock()
         self._depth = 0
+        self._closed = False
         self._sweep = 0
         self._tickets: dict[StepId, Ticket] = {}
         self._weight_slots: dict[tuple[int, int], int] = {}  # (sweep, stage) -> slot
@@ -103,6 +104,8 @@ class Executor:
         When an error passes through, lanes are stopped and what is temporary is dropped; the next session starts anew.
         """
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the model was closed; load it again")
             self._depth += 1
             try:
                 if self._depth == 1:
@@ -162,10 +165,16 @@ class Executor:
         for ticket in list(self._tickets.values()):
             ticket.wait()
 
+    def release_cache(self) -> None:
+        """Lets go of the last run's cache, which is held while lanes may write to it."""
+        self.settle()
+        self._cache = None
+
     def close(self) -> None:
         """Gives back the weights' memory and files."""
         with self._lock:
             self._abort()
+            self._closed = True
             self._parameters.clear(resident=True)
             self.weights.close()
 
@@ -503,7 +512,8 @@ class _ParameterTable:
                 if buffer is not None:
                     module._buffers[key] = buffer.to(device)
         for name, value in weights.resident():
-            self._put(name, value)
+            is_parameter = isinstance(self._placeholders[name], nn.Parameter)
+            self._put(name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
             self._resident.append(name)
 
     def install(self, stage: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

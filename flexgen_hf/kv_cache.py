@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .errors import UnsupportedModelError
+from .errors import FlexGenError, UnsupportedModelError
 from .planning.schedule import Route
 from .policy import Tier
 from .storage.buffers import Buffer, round_up, tensor_view
@@ -37,11 +37,13 @@ class CacheSpace:
 
     Args:
         space: where the model computes and keeps its bytes.
+        host_attention: cells that live on the host are attended to there.
     """
 
-    def __init__(self, space: Workspace) -> None:
+    def __init__(self, space: Workspace, host_attention: bool = False) -> None:
         self._space = space
         self.direct = space.is_direct
+        self.host_attention = host_attention and not space.is_direct
         slots = range(space.rings.cache)
         self._staging = [Buffer(space.ledger, Tier.HOST, space.device, "cache slots") for _ in slots]
         self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "cache slots") for _ in slots]
@@ -145,6 +147,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._memory: Buffer | None = None
         self._offset = 0
         self._slot = -1
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # the prompt's, on their way to the host
         self._added: Span = (0, 0)
 
     # ---------------------------------------------------------------------------------------- what transformers calls
@@ -162,6 +165,9 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             self.lazy_initialization(key_states, value_states)
         old, new = self.length, self.length + key_states.shape[2]
         self._grow(new)
+        if self._stays and old == 0:  # attended on the device, where they are; `pull` brings them home meanwhile
+            self.length, self._added, self._new = new, (old, new), (key_states, value_states)
+            return key_states, value_states
         keys, values = self._working()
         keys[old:new].copy_(key_states.permute(2, 0, 1, 3))
         values[old:new].copy_(value_states.permute(2, 0, 1, 3))
@@ -221,7 +227,12 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """The links that this cell crosses on its way to compute and back."""
         disk = self.home is Tier.DISK
         moved = not self._space.direct and self.home is not Tier.DEVICE
-        return Route(read=disk, push=moved, pull=moved, write=disk)
+        return Route(read=disk, push=moved and not self._stays, pull=moved, write=disk)
+
+    @property
+    def _stays(self) -> bool:
+        """Whether the device attends to this cell on the host, instead of having it moved."""
+        return self._space.host_attention and self.home is Tier.HOST
 
     def bind(self, slot: int) -> None:
         """Says in which slot the cell's contents are (or will be made) when compute calls `update`."""
@@ -252,8 +263,20 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     def pull(self, slot: int) -> int:
         """Device to host: the tokens of the last update; returns the bytes."""
+        if self._stays:
+            return self._bring_home()
         home = self._home_memory() if self.home is Tier.HOST else self._space.staging(slot).bytes
         return self._copy(self._space.working(slot).bytes, home, self._added)
+
+    def _bring_home(self) -> int:
+        """The prompt's tokens of a cell that stays on the host; later ones `update` brings, attention needs them."""
+        shape, (old, new) = self._known(), self._added
+        if self._new is not None:
+            home = shape.views(self._home_memory(), self._capacity)
+            for kept, given in zip(home, self._new, strict=True):
+                kept[old:new].copy_(given.permute(2, 0, 1, 3))
+            self._new = None
+        return (new - old) * (shape.key_bytes + shape.value_bytes)
 
     def allocate(self, batch: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> None:
         """Takes the home's memory for `capacity` tokens; `key` and `value` are (heads, head_dim).
@@ -370,7 +393,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def _working(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as compute sees them, each (capacity, batch, heads, head_dim)."""
         shape = self._known()
-        if not self.route.moves:
+        if self._stays or not self.route.moves:
             return shape.views(self._home_memory(), self._capacity)
         if self._slot < 0:
             raise UnsupportedModelError("a layer used the cache of another layer, which is not loaded at that time")
@@ -466,7 +489,14 @@ class BlockCache(Cache):
             raise
 
     def prepare_sweep(self) -> None:
-        """Makes the slots large enough for every cell that will be loaded."""
+        """Makes the slots large enough for every cell that will be loaded.
+
+        Raises:
+            FlexGenError: the cache was closed, which an error in the middle of a sweep does.
+            CapacityError: a tier is too small for the slots.
+        """
+        if not self._close.alive:
+            raise FlexGenError("this past_key_values was closed, by close() or by an error; begin with a new one")
         nbytes = max((cell.slot_bytes for cell in self.cells()), default=0)
         if nbytes and not self.space.slots_hold(nbytes):
             self.settle()

@@ -28,6 +28,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import attention
 from .architectures import Structure, describe, is_tested
 from .checkpoints import CheckpointTensor, plan_shards, read_checkpoint, source_fingerprint, target_dtype
 from .errors import CapacityError, PolicyError, StoreError, UnsupportedModelError
@@ -60,6 +61,7 @@ def register() -> None:
         return
     register_quantization_config(METHOD)(FlexGenConfig)
     register_quantizer(METHOD)(FlexGenHfQuantizer)
+    attention.register()
     _let_load_time_win()
 
 
@@ -262,6 +264,9 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
         policy = _policy(options)
     else:
         policy = _default_policy(tensors, options, device, limits, shared)
+    if policy.host_attention and device.type != "cpu":  # on a CPU, cells on the host are attended to there anyway
+        attention.check_supported(model)
+        model.set_attn_implementation(attention.NAME)
     rings = Rings() if policy.overlap else Rings(layers=1, cache=1, hidden=1)
     tables = _streamable_outer(structure)
     streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}

@@ -172,10 +172,10 @@ class FlexGenForCausalLM:
         rows = _row_inputs(call)
         rest = {name: value for name, value in call.items() if name not in rows}
         total = next(iter(rows.values())).shape[0]
-        blocks = [
-            generate(**rest, **{name: value[start:end] for name, value in rows.items()})
-            for start, end in spans_of(total, prompts)
-        ]
+        blocks = []
+        for start, end in spans_of(total, prompts):
+            blocks.append(generate(**rest, **{name: value[start:end] for name, value in rows.items()}))
+            self._executor.release_cache()  # before the next block takes as much
         width = max(block.shape[1] for block in blocks)
         return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1]), value=pad) for block in blocks])
 
@@ -203,7 +203,7 @@ class FlexGenForCausalLM:
 
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
-        policy, space = self.policy, CacheSpace(self._executor.space)
+        policy, space = self.policy, CacheSpace(self._executor.space, self.policy.host_attention)
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
         windows = _windows(self.config)
@@ -245,6 +245,31 @@ class FlexGenForCausalLM:
         """As `to(torch.bfloat16)`."""
         return self.to(torch.bfloat16)
 
+    def double(self) -> Any:
+        """As `to(torch.float64)`."""
+        return self.to(torch.float64)
+
+    def _apply(self, *_: Any, **__: Any) -> Any:
+        # What torch's own type(), to_empty(), share_memory() and the like come down to.
+        raise PolicyError("the policy places the weights, which can be neither moved nor cast; load with dtype=...")
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: what is tied was tied when the model was loaded."""
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+        """Refused, unless the size is the one there is."""
+        embedding: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
+        if new_num_tokens not in (None, embedding.num_embeddings):
+            raise UnsupportedModelError(
+                f"resize_token_embeddings({new_num_tokens}): the table has {embedding.num_embeddings} rows on disk; "
+                "resize it with plain transformers and save the model, then load that"
+            )
+        return embedding
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Refused: weights stay in their files."""
+        raise UnsupportedModelError("load_state_dict: save the weights as a checkpoint, and load that")
+
     def train(self, mode: bool = True) -> Any:
         """Refused for `mode=True`: weights come and go."""
         if mode:
@@ -255,17 +280,25 @@ class FlexGenForCausalLM:
         """Writes a store, which both this package and plain transformers load.
 
         Args:
-            save_directory: the folder.
-            kwargs: `push_to_hub` is refused; the rest of transformers' arguments has no meaning for a store.
+            save_directory: the folder; a store that is there already is replaced.
+            kwargs: `push_to_hub`, `state_dict` and `safe_serialization=False` are refused, `is_main_process=False`
+                writes nothing; the rest of transformers' arguments has no meaning for a store.
         """
-        if kwargs.get("push_to_hub"):
-            raise UnsupportedModelError("push_to_hub: save_pretrained to a folder and upload it with huggingface_hub")
+        for name, harmless in (("push_to_hub", False), ("state_dict", None), ("safe_serialization", True)):
+            if kwargs.get(name, harmless) is not harmless:
+                raise UnsupportedModelError(
+                    f"save_pretrained({name}={_short(kwargs[name])}): a store holds the model's own weights in "
+                    "safetensors, and is written to a folder; leave the argument out"
+                )
+        if not kwargs.get("is_main_process", True):
+            return
         out, stored = Path(save_directory).resolve(), self._executor.weights.stored
         files = {tensor.extent.file for tensor in stored}
         if any(out in file.resolve().parents for file in files):
             raise ConversionError(f"the model is loaded from {str(out)!r}; save it to another folder")
         tensors = {tensor.name: CheckpointTensor.of_extent(tensor.extent) for tensor in stored}
-        plans = plan_shards(self._executor.structure, tensors, {tensor.name: tensor.dtype for tensor in stored})
+        held = self.state_dict()  # type: ignore[attr-defined]
+        plans = plan_shards(self._executor.structure, tensors, {name: held[name].dtype for name in tensors})
         dtype = str(self.dtype).removeprefix("torch.")
         write_store(
             out, plans, Origin(str(self.config.name_or_path), None, dtype, source_fingerprint(files)), force=True
@@ -349,6 +382,10 @@ def _flat(bound: inspect.BoundArguments, signature: inspect.Signature) -> dict[s
         if parameter.kind is parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
     return given
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, (bool, str)) else f"a {type(value).__name__}"
 
 
 def _row_inputs(call: dict[str, Any]) -> dict[str, torch.Tensor]:

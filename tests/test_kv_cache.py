@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
-from flexgen_hf import CapacityError, Tier, UnsupportedModelError
+from flexgen_hf import CapacityError, FlexGenError, Tier, UnsupportedModelError
 from flexgen_hf.kv_cache import BlockCache, CacheSpace, Cell, spans_of
 from flexgen_hf.planning.schedule import Rings
 from flexgen_hf.storage.ledger import Ledger
@@ -347,6 +347,13 @@ class TestRefusals:
     def test_the_block_itself_is_not_updated(self, pair):
         with pytest.raises(RuntimeError, match="micro-batches"):
             pair.ours.update(torch.zeros(1), torch.zeros(1), 0)
+
+    def test_a_closed_cache(self, tmp_path):
+        pair = Pair(tmp_path, [Tier.DISK])
+        pair.append(2)
+        pair.close()
+        with pytest.raises(FlexGenError, match="closed"):
+            pair.append(1)
 
     def test_crop_to_a_positive_length(self, pair):
         pair.append(3)

@@ -79,3 +79,16 @@ def test_the_trace_has_one_track_per_lane_and_all_steps(run: RunReport, tmp_path
         own = sorted((row["ts"], row["ts"] + row["dur"]) for row in steps if row["tid"] == track)
         assert all(end <= start + 1e-3 for (_, end), (start, _) in itertools.pairwise(own))
     assert min(row["ts"] for row in steps) == 0
+
+
+def test_blocks_of_one_call_do_not_hold_their_caches_together(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "model", opt_config(), dtype=torch.float32)
+    peaks = []
+    for rows in (2, 6):
+        model: Any = FlexGenForCausalLM.from_pretrained(
+            tmp_path / "model", policy=Policy.parse("100 0 0 0 100 0", batch_size=2), offload_folder=tmp_path / "off"
+        )
+        with model:
+            model.generate(torch.randint(3, 90, (rows, 7)), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        peaks.append(model.last_run.to_dict()["peak_bytes"]["disk"])
+    assert peaks[0] == peaks[1] > 0

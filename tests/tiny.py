@@ -38,7 +38,7 @@ EVERYTHING_ON_DISK = Policy(weights=DISK, cache=DISK, hidden=DISK, batch_size=2,
 def write_tiny_opt(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
     """A checkpoint whose next token depends on all the tokens before it, not only on the last one."""
     set_seed(0)
-    model = OPTForCausalLM(opt_config(**config))
+    model: Any = OPTForCausalLM(opt_config(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

@@ -1,0 +1,78 @@
+"""Attention where the cache lives: a query visits keys and values on the host instead of fetching them.
+
+In decode a step's queries are thousands of times smaller than the keys and values they attend to. A cell that lives on
+the host and is attended there sends only its new tokens over the link and gets queries in return (FlexGen, arXiv
+2303.06865, section 4.1). Registered in transformers' own registries of attention and mask functions, together: a
+registered attention without a mask function would silently drop padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+__all__ = ["NAME", "check_supported", "register"]
+
+#: the name under which transformers knows the attention and mask functions
+NAME = "flexgen"
+
+
+def register() -> None:
+    """Makes `attn_implementation="flexgen"` known. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def check_supported(model: Any) -> None:
+    """Raises `UnsupportedModelError` if a model's attention cannot be sent to where the cache is."""
+    config = model.config.get_text_config(decoder=True)
+    reason = None
+    if not getattr(model, "_supports_attention_backend", False):
+        reason = "its attention is outside of transformers' interface"
+    elif not getattr(model, "_supports_sdpa", False):
+        reason = "its attention needs more than scaled dot products (a soft cap, or sinks)"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "it expands keys and values on the device after they leave the cache"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"host_attention: {type(model).__name__} cannot attend on the host, {reason}; leave host_attention out"
+        )
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Scaled dot-product attention, as transformers computes it, on the device of `key`.
+
+    Args:
+        module: the attention module.
+        query: (batch, heads, new tokens, head_dim), on the device of compute.
+        key: (batch, kv heads, tokens, head_dim), on that device or on the host.
+        value: as `key`.
+        attention_mask: (batch, 1, new tokens, tokens) or None.
+        options: scaling, dropout and what else transformers passes.
+
+    Returns:
+        The output (batch, new tokens, heads, head_dim) on the device of `query`, and no attention weights.
+    """
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if key.device == query.device:
+        return plain(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    there = {name: _to(item, key.device) for name, item in options.items()}
+    output, weights = plain(module, query.to(key.device), key, value, _to(attention_mask, key.device), **there)
+    return output.to(query.device), weights
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedModelError
 
@@ -66,7 +65,7 @@ def _attend(
     Returns:
         The output (batch, new tokens, heads, head_dim) on the device of `query`, and no attention weights.
     """
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    plain = AttentionInterface()["sdpa"]
     if key.device == query.device:
         return plain(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     there = {name: _to(item, key.device) for name, item in options.items()}

@@ -90,12 +90,18 @@ class FlexGenForCausalLM:
         }
         if kwargs.pop("quantization_config", None) is not None:
             raise PolicyError("quantization_config: pass policy=, compression= and max_memory= themselves")
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             pretrained_model_name_or_path,
             *args,
             quantization_config={name: value for name, value in options.items() if value is not None},
             **kwargs,
         )
+        if not isinstance(model[0] if isinstance(model, tuple) else model, FlexGenForCausalLM):  # output_loading_info
+            raise UnsupportedModelError(
+                f"transformers loaded {type(model).__name__} by itself, in a way that this version of flexgen_hf does "
+                "not know; load a checkpoint of weights, with transformers of the range that setup.cfg names"
+            )
+        return model
 
     # ------------------------------------------------------------------------------------------------ what we add
     @property

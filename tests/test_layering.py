@@ -63,7 +63,7 @@ TOUCHES_INTERNALS = {
 # files that may name a model family
 NAMES_FAMILIES = {
     "flexgen_hf/architectures.py": "it is the one place for what differs between families",
-    "conversion/original.py": "the original's numpy folders hold OPT and name no architecture themselves",
+    "conversion/numpy_folder.py": "the original's numpy folders hold OPT and name no architecture themselves",
     "conversion/metaseq.py": "metaseq's shards hold OPT and name no architecture themselves",
 }
 

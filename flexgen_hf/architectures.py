@@ -13,16 +13,20 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedModelError
 
 __all__ = ["TESTED", "Structure", "describe", "is_tested"]
 
 #: model types compared with transformers in this project's own tests
-TESTED = frozenset({"opt"})
+TESTED = frozenset(
+    "bloom codegen falcon gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss gptj llama mistral mixtral opt phi3 qwen2 qwen3 "
+    "qwen3_moe".split()
+)
 
 # Layer kinds of `config.layer_types` whose state is plain keys and values.
-_CACHE_KINDS = frozenset({"full_attention", "sliding_attention"})
+_CACHE_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +143,19 @@ def _check_state(model: nn.Module) -> None:
     whole: Any = model.config
     config: Any = whole.get_text_config(decoder=True)
     name = type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if strange := sorted(kinds - _CACHE_KINDS):
-        raise UnsupportedModelError(
-            f"{name} has layers of kind {', '.join(strange)}, whose state is not keys and values; "
-            "this version runs full and sliding attention"
-        )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(f"{name} keeps state of its own kind between tokens; it cannot be streamed")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{name}.forward has no past_key_values; its cache is of another kind and cannot be streamed"
+        )
+    # What transformers' own cache would be made of says it for models without `layer_types`, and for shared layers.
+    made = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    kinds = set(getattr(config, "layer_types", None) or ()) - _CACHE_KINDS
+    if made or kinds:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(sorted(kinds or {kind.__name__ for kind in made}))}, whose state is "
+            "not keys and values of their own; this version runs full and sliding attention"
         )
 
 

@@ -15,6 +15,7 @@ import typer
 from conversion.commands import convert_command, verify_command
 
 from . import __version__
+from .bench.command import bench_command
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
 from .policy import Policy
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert_command)
 app.command("verify")(verify_command)
+app.command("bench")(bench_command)
 
 _Dtype = Literal["float16", "bfloat16", "float32"]
 _Percents = tuple[float, float, float, float, float, float]

@@ -131,7 +131,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         space: what the block's cells share.
         home: the tier it lives on.
         capacity: tokens it is allocated for; it grows if more come.
-        window: of a sliding-window layer; all tokens are kept, the mask hides what is outside.
+        window: of a sliding-window layer; all tokens are kept, but only what is in the window is loaded and seen.
     """
 
     is_compileable = False
@@ -159,11 +159,11 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends (batch, heads, new tokens, head_dim); returns all keys and values in the same order of axes."""
+        """Appends (batch, heads, new tokens, head_dim); returns what attention sees, in the same order of axes."""
         if not self._fits(key_states, value_states):
             self.discard()
             self.lazy_initialization(key_states, value_states)
-        old, new = self.length, self.length + key_states.shape[2]
+        first, old, new = self._first, self.length, self.length + key_states.shape[2]
         self._grow(new)
         if self._stays and old == 0:  # attended on the device, where they are; `pull` brings them home meanwhile
             self.length, self._added, self._new = new, (old, new), (key_states, value_states)
@@ -174,11 +174,11 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self.length, self._added = new, (old, new)
         if old == 0:
             return key_states, value_states
-        return keys[:new].permute(1, 2, 0, 3), values[:new].permute(1, 2, 0, 3)
+        return keys[first:new].permute(1, 2, 0, 3), values[first:new].permute(1, 2, 0, 3)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that attention will see."""
-        return self.length + query_length, 0
+        return self.length - self._first + query_length, self._first
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -239,13 +239,13 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._slot = slot
 
     def read(self, slot: int) -> int:
-        """Disk to host: all tokens into the slot's staging buffer; returns the bytes."""
-        shape = self._known()
+        """Disk to host: the tokens that attention sees into the slot's staging buffer; returns the bytes."""
+        shape, first, moved = self._known(), self._first, 0
         memory = self._space.staging(slot).bytes
-        start = shape.value_start(self._capacity)
-        moved = self._space.spill.read(self._offset, memory[: self.length * shape.key_bytes])
-        values = memory[start : start + self.length * shape.value_bytes]
-        return moved + self._space.spill.read(self._offset + start, values)
+        for base, size in ((0, shape.key_bytes), (shape.value_start(self._capacity), shape.value_bytes)):
+            part = memory[base + first * size : base + self.length * size]
+            moved += self._space.spill.read(self._offset + base + first * size, part)
+        return moved
 
     def write(self, slot: int) -> int:
         """Host to disk: the tokens of the last update; returns the bytes."""
@@ -257,9 +257,9 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         return moved
 
     def push(self, slot: int) -> int:
-        """Host to device: all tokens from the home or the staging buffer into the slot; returns the bytes."""
+        """Host to device: the tokens that attention sees into the slot; returns the bytes."""
         home = self._home_memory() if self.home is Tier.HOST else self._space.staging(slot).bytes
-        return self._copy(home, self._space.working(slot).bytes, (0, self.length))
+        return self._copy(home, self._space.working(slot).bytes, (self._first, self.length))
 
     def pull(self, slot: int) -> int:
         """Device to host: the tokens of the last update; returns the bytes."""
@@ -352,6 +352,11 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._memory, self._shape, self.is_initialized, self.length = None, None, False, 0
 
     # ---------------------------------------------------------------------------------------------------------- inside
+    @property
+    def _first(self) -> int:
+        """The first token that the next one sees, as in transformers' own sliding layers."""
+        return 0 if self.window is None else max(0, self.length - self.window + 1)
+
     def _known(self) -> _Shape:
         if self._shape is None:
             raise RuntimeError("a cell was used before it had a shape")

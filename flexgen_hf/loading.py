@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,9 @@ class FlexGenHfQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         _check_store(files)
         folder = _offload_folder(options)
-        found = read_checkpoint(model, files, dtype)
-        extents = _with_extents(found, self._structure, files, dtype or model.dtype, folder)
+        with torch.device("cpu"):  # transformers calls this where new tensors would be made on "meta"
+            found = read_checkpoint(model, files, dtype)
+            extents = _with_extents(found, self._structure, files, dtype or model.dtype, folder)
         self._tensors = [
             StoredTensor(name, self._structure.locate(name)[0], extent, target_dtype(model, name, dtype or model.dtype))
             for name, extent in extents.items()
@@ -268,7 +269,7 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
         attention.check_supported(model)
         model.set_attn_implementation(attention.NAME)
     rings = Rings() if policy.overlap else Rings(layers=1, cache=1, hidden=1)
-    tables = _streamable_outer(structure)
+    tables = _streamable_outer(structure, {t.name for t in tensors})
     streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
     fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
     space = Workspace(ledger, device, _offload_folder(options), rings)
@@ -291,15 +292,20 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     attach(model, Executor(model, structure, store, policy, space))
 
 
-def _streamable_outer(structure: Structure) -> dict[str, int]:
-    """The embedding table and the head's, with the stage that uses each; other tensors outside the layers are small."""
+def _streamable_outer(structure: Structure, held: Set[str]) -> dict[str, int]:
+    """The embedding table and the head's, with the stage that uses each; other tensors outside the layers are small.
+
+    Args:
+        structure: the model's stages.
+        held: the names under which tensors are stored; a tied one has others besides.
+    """
     model: Any = structure.model
     modules = {0: model.get_input_embeddings(), structure.head_stage: model.get_output_embeddings()}
     tables: dict[str, int] = {}
     for stage, module in modules.items():
         weight = getattr(module, "weight", None)
-        for name, parameter in model.named_parameters():
-            if parameter is weight:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter is weight and name in held:
                 tables.setdefault(name, stage)
     return tables
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
 from .errors import ConversionError, PolicyError, UnsupportedModelError
@@ -426,14 +426,8 @@ def _uses_cache(given: dict[str, Any], config: Any) -> bool:
 
 
 def _windows(config: Any) -> list[int | None]:
-    """For each layer the length of its sliding window, or None."""
-    text = config.get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        uses = window is not None and getattr(text, "use_sliding_window", True)
-        return [window if uses else None] * text.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    """For each layer the length of its sliding window, or None, as transformers' own cache would have it."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
 
 
 def _cache_geometry(config: Any) -> tuple[int, int] | None:

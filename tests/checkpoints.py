@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from flexgen_hf.weights.format import encode_header
-from flexgen_hf.weights.pieces import dtype_name
+from flexgen_hf.bench import shapes
 
 __all__ = ["opt_config", "write_random_checkpoint"]
 
@@ -39,6 +37,8 @@ def write_random_checkpoint(
         kind: `"safetensors"` or `"bin"`.
         dtype: of all weights.
     """
+    if kind == "safetensors":
+        return shapes.write_random_checkpoint(folder, config, dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
@@ -46,20 +46,8 @@ def write_random_checkpoint(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state = {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
-    if kind == "safetensors":
-        _write_safetensors(folder / "model.safetensors", state)
-    else:
-        _write_bin(folder / "pytorch_model.bin", state)
+    _write_bin(folder / "pytorch_model.bin", state)
     return folder
-
-
-def _write_safetensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    with path.open("wb") as file:
-        file.write(
-            encode_header({k: (dtype_name(v.dtype), tuple(v.shape)) for k, v in state.items()}, {"format": "pt"})
-        )
-        for piece in _random_pieces(state):
-            file.write(piece.view(torch.uint8).numpy().data)
 
 
 def _write_bin(path: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -67,7 +55,7 @@ def _write_bin(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     raw = path.with_suffix(".raw")
     sizes = [tensor.numel() * tensor.element_size() for tensor in state.values()]
     with raw.open("wb") as file:
-        for piece in _random_pieces(state):
+        for piece in shapes.random_pieces(state):
             file.write(piece.view(torch.uint8).numpy().data)
     storage = torch.UntypedStorage.from_file(str(raw), shared=False, nbytes=sum(sizes))
     tensors, at = {}, 0
@@ -76,15 +64,6 @@ def _write_bin(path: Path, state: Mapping[str, torch.Tensor]) -> None:
         at += size
     torch.save(tensors, path)
     raw.unlink()
-
-
-def _random_pieces(state: Mapping[str, torch.Tensor], step: int = 1 << 22) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    for tensor in state.values():
-        scale = 1 / math.sqrt(max(tensor.shape[-1], 1)) if tensor.dim() else 1.0
-        for start in range(0, tensor.numel(), step):
-            size = min(step, tensor.numel() - start)
-            yield (torch.randn(size, generator=generator) * scale).to(tensor.dtype)
 
 
 def with_keys(source: Path, target: Path, rename: Any) -> Path:

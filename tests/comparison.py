@@ -43,7 +43,8 @@ def save_tiny(config: PretrainedConfig, folder: Path, *, std: float = 0.3, dtype
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator) * std
-            tensor.copy_(1 + noise / 3 if "norm" in name and name.endswith("weight") else noise)
+            is_norm = tensor.ndim == 1 and name.endswith("weight")
+            tensor.copy_(1 + noise / 3 if is_norm else noise)
     model.generation_config.eos_token_id = None
     model.to(dtype).save_pretrained(folder)
     return folder

@@ -38,10 +38,10 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory, checkpoint) -> Path:
-    folder: Path = tmp_path_factory.mktemp("store")
+    folder = Path(tmp_path_factory.mktemp("store"))
     with load(checkpoint, folder) as model:
         model.save_pretrained(folder / "store")
-    return folder / "store"
+    return Path(folder / "store")
 
 
 @pytest.fixture
@@ -52,11 +52,12 @@ def store(whole_store, tmp_path) -> Path:
 
 @pytest.fixture
 def offload(tmp_path) -> Path:
-    return tmp_path / "offload"
+    return Path(tmp_path) / "offload"
 
 
 def shard(store: Path) -> Path:
-    return sorted((store / "shards").iterdir())[1]
+    shards: list[Path] = sorted((store / "shards").iterdir())
+    return shards[1]
 
 
 # ----------------------------------------------------------------------------------------------------- broken stores
@@ -193,7 +194,7 @@ class TestTooLittle:
     @pytest.mark.parametrize("home", [Placement(device=1.0), Placement(host=1.0)], ids=["device", "host"])
     def test_for_the_cache(self, checkpoint, offload, home):
         policy = Policy(weights=DISK, cache=home, batch_size=4, num_batches=2)
-        with load(checkpoint, offload, policy, max_memory={"cpu": "300KB"}) as model:
+        with load(checkpoint, offload, policy, max_memory={"cpu": "200KB"}) as model:
             held = model._executor.space.ledger.held(home_tier(home))
             with pytest.raises(CapacityError, match=r"KV cache needs .*lower batch_size or num_batches") as caught:
                 greedy(model, batch(8), tokens=30)
@@ -204,7 +205,7 @@ class TestTooLittle:
     def test_for_the_cells_slots(self, checkpoint, offload):
         policy = Policy(weights=DISK, cache=DISK, batch_size=8)
         with (
-            load(checkpoint, offload, policy, max_memory={"cpu": "300KB"}) as model,
+            load(checkpoint, offload, policy, max_memory={"cpu": "200KB"}) as model,
             pytest.raises(CapacityError, match=r"cache slots needs"),
         ):
             greedy(model, batch(8), tokens=30)
@@ -219,7 +220,7 @@ class TestTooLittle:
             assert flexgen_threads() == []
 
     def test_for_the_weights_on_disk(self, checkpoint, offload):
-        with pytest.raises(CapacityError, match=r"of weights on disk but max_memory\['disk'\] is|weights needs"):
+        with pytest.raises(CapacityError, match=r"of weights on disk but max_memory\['disk'\] is"):
             load(checkpoint, offload, Policy(weights=DISK), max_memory={"disk": "50KB"})
 
     def test_for_weights_and_cache_on_disk_together(self, checkpoint, offload):

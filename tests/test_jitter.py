@@ -67,11 +67,13 @@ def test_the_same_tokens_however_the_lanes_race(checkpoints, tmp_path, monkeypat
         dice = random.Random(seed)  # noqa: S311
         policy, checkpoint = draw(dice), dice.choice(checkpoints)
         with load(checkpoint, tmp_path, policy) as model:
-            model._executor.before_step = jitter(seed, 0.001)
+            model._executor.before_step = jitter(seed, 0.0007)
             for call in range(2):  # the second one finds what the first one loaded ahead
                 prompts = batch(rows=dice.randint(1, policy.block_size), tokens=dice.randint(2, 6), seed=seed + call)
-                expected = greedy(reference(checkpoint), prompts)
-                got = greedy(model, prompts)
+                # some runs end early, with the next sweep's weights already on their way
+                eos = int(dice.choice([-1, greedy(reference(checkpoint), prompts).sequences[0, -3]]))
+                expected = greedy(reference(checkpoint), prompts, eos=eos)
+                got = greedy(model, prompts, eos=eos)
                 where = f"seed {seed}, call {call}, {policy}"
                 assert torch.equal(got.sequences, expected.sequences), where
                 for ours, theirs in zip(got.logits, expected.logits, strict=True):

@@ -72,16 +72,16 @@ def load(folder: Path, offload: Path, policy: Policy | None = None, **options: A
     return FlexGenForCausalLM.from_pretrained(folder, offload_folder=offload, **options)
 
 
-def greedy(model: Any, prompts: dict[str, torch.Tensor], tokens: int = 4, **options: Any) -> Any:
-    """Sequences and logits of so many tokens, whatever they are."""
+def greedy(model: Any, prompts: dict[str, torch.Tensor], tokens: int = 4, eos: int = -1) -> Any:
+    """Sequences and logits of so many tokens, or until `eos` in every row."""
     return model.generate(
         **prompts,
         max_new_tokens=tokens,
         do_sample=False,
-        eos_token_id=-1,
+        eos_token_id=eos,
+        pad_token_id=1,
         output_logits=True,
         return_dict_in_generate=True,
-        **options,
     )
 
 

@@ -109,8 +109,8 @@ class DeviceTensor(torch.Tensor):
     def __new__(cls, values: torch.Tensor, requires_grad: bool = False) -> Any:
         """Puts `values` on the device; accelerate rebuilds parameters as `cls(values, requires_grad=...)`."""
         values = _values(values)
-        if values.device.type == "meta":
-            return values
+        if values.device.type == "meta":  # accelerate takes a parameter off the device, and makes its like again later
+            return torch.nn.Parameter(values, requires_grad=False)
         allocation = _allocation_of(values)
         made = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -124,6 +124,10 @@ class DeviceTensor(torch.Tensor):
         )
         made.held, made.allocation = values, allocation
         return made
+
+    def data_ptr(self) -> int:
+        """The address, by which Accelerate tells tied parameters; torch would say 0 for every tensor."""
+        return self.held.data_ptr()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -40,14 +40,10 @@ class Files:
         """
         try:
             return _read_all(self._descriptor(path), offset, memory, path)
+        except StoreError:
+            raise
         except OSError as error:
-            raise self._told(error, path) from error
-
-    @staticmethod
-    def _told(error: OSError, path: Path) -> StoreError:
-        if isinstance(error, StoreError):
-            return error
-        return StoreError(f"cannot read {path} ({error.strerror}); restore the file or convert again")
+            raise _unreadable(path, error) from error
 
     def read_run(self, path: Path, offset: int, buffer: torch.Tensor, at: int, nbytes: int) -> int:
         """Fills `buffer[at : at + nbytes]` from `offset`, past the page cache where that is possible; returns nbytes.
@@ -74,9 +70,11 @@ class Files:
         try:
             descriptor = self._descriptor(path, direct=True)
             _read_all(descriptor, offset - before, buffer[start : start + length], path, enough=before + nbytes)
+        except StoreError:
+            raise
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise self._told(error, path) from error
+                raise _unreadable(path, error) from error
             self.cached.add(path)
             return self.read(path, offset, buffer[at : at + nbytes])
         return nbytes
@@ -94,6 +92,10 @@ class Files:
             if (path, direct) not in self._open:
                 self._open[path, direct] = os.open(path, flags)
             return self._open[path, direct]
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"cannot read {path} ({error.strerror}); restore the file or convert again")
 
 
 def _read_all(descriptor: int, offset: int, memory: torch.Tensor, path: Any, enough: int | None = None) -> int:

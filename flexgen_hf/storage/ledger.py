@@ -83,8 +83,10 @@ class Ledger:
     def _refusal(self, limit: _Limit, held: int, nbytes: int, what: str) -> str:
         holders = {n: b for tier in limit.tiers for n, b in self._names[tier].items() if b}
         largest = ", ".join(f"{n} {gib(b)}" for n, b in sorted(holders.items(), key=lambda i: -i[1])[:4]) or "nothing"
+        on_disk = Tier.DISK in limit.tiers
+        other = "keep more on device and host" if on_disk else "move weights, cache or hidden states to a lower tier"
         return (
             f"{what} needs {gib(nbytes)} but {limit.name} has {gib(max(0, limit.nbytes - held))} left of "
-            f"{gib(limit.nbytes)} (held: {largest}); raise max_memory, lower batch_size or num_batches, or move "
-            "weights, cache or hidden states to a lower tier"
+            f"{gib(limit.nbytes)} (held: {largest}); raise max_memory, lower batch_size or num_batches, or "
+            f"{other}"
         )

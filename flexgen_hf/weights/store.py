@@ -116,7 +116,7 @@ class WeightStore:
         self._files = Files()
         self._tensors, self._homes = list(tensors), dict(homes)
         self._resident: dict[str, torch.Tensor] = {}
-        self._resident_bytes = 0
+        self._resident_bytes = self._disk_bytes = 0  # as the account has them
         self._stages = [_Stage() for _ in range(num_stages)]
         for stage, members in enumerate(self._by_stage(num_stages)):
             self._stages[stage] = self._lay_out(members)
@@ -163,6 +163,8 @@ class WeightStore:
             CapacityError: a tier cannot take what the placement gives it.
             StoreError: a file is missing or broken.
         """
+        self._space.ledger.take(Tier.DISK, self.streamed_bytes, "weights")
+        self._disk_bytes = self.streamed_bytes
         for buffers in self._slots.values():
             for buffer, nbytes in buffers:
                 if nbytes:
@@ -223,9 +225,9 @@ class WeightStore:
         for plan in self._stages:
             if plan.arena is not None:
                 plan.arena.free()
-        if self._resident_bytes:
-            self._space.ledger.give(Tier.DEVICE, self._resident_bytes, "weights")
-        self._resident, self._resident_bytes = {}, 0
+        self._space.ledger.give(Tier.DEVICE, self._resident_bytes, "weights")
+        self._space.ledger.give(Tier.DISK, self._disk_bytes, "weights")
+        self._resident, self._resident_bytes, self._disk_bytes = {}, 0, 0
 
     # --------------------------------------------------------------------------------------------------------- layout
     def _by_stage(self, num_stages: int) -> list[list[StoredTensor]]:

@@ -1,0 +1,171 @@
+"""Several systems beside each other: each peer's best setting is searched, then all run in turn; and the table.
+
+Knows jobs and records; runs nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .systems import Job
+from .trial import Record
+
+__all__ = ["Peers", "Summary", "compare", "equal_rows", "jobs_of", "summarize", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """Settings among which each peer's best one is searched.
+
+    Args:
+        batch_sizes: rows of a call.
+        dtypes: element types of compute.
+        offloads: where Accelerate keeps the decoder layers.
+    """
+
+    batch_sizes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    offloads: tuple[str, ...] = ("disk",)
+
+
+def jobs_of(system: str, job: Job, peers: Peers) -> list[Job]:
+    """The jobs to try for a system: flexgen is given its policy, peers may choose."""
+    job = dataclasses.replace(job, system=system)
+    if system == "flexgen":
+        return [job]
+    offloads = peers.offloads if system == "accelerate" else ("",)
+    return [
+        dataclasses.replace(job, workload=dataclasses.replace(job.workload, rows=rows), dtype=dtype, offload=offload)
+        for rows, dtype, offload in itertools.product(peers.batch_sizes, peers.dtypes, offloads)
+    ]
+
+
+def compare(
+    jobs: Mapping[str, Sequence[Job]],
+    repeats: int,
+    run: Callable[[Job], Record],
+    tell: Callable[[Record], None] = lambda _: None,
+) -> list[Record]:
+    """Runs every job once, then each system's best one again, the systems in turn so that noise meets all of them.
+
+    Args:
+        jobs: what to try, by system.
+        repeats: runs of each system's best job, the first one included.
+        run: runs a job and says what came of it.
+        tell: is given each record as it comes.
+
+    Returns:
+        All records in order, with `setting` and `repeat` (from 1) added.
+    """
+    records: list[Record] = []
+
+    def once(job: Job, repeat: int) -> Record:
+        record = {"repeat": repeat, "setting": job.setting, **run(job)}
+        records.append(record)
+        tell(record)
+        return record
+
+    best: list[Job] = []
+    for tried in jobs.values():
+        speeds = {number: once(job, 1).get("tokens_per_s", 0.0) for number, job in enumerate(tried)}
+        fastest = max(speeds, key=lambda number: speeds[number])
+        if speeds[fastest]:
+            best.append(tried[fastest])
+    for repeat in range(2, repeats + 1):
+        for job in best:
+            once(job, repeat)
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The runs of one system in one setting that came to an end.
+
+    Args:
+        system: its name.
+        setting: what distinguishes it from the system's other settings.
+        records: one per run, at least one.
+    """
+
+    system: str
+    setting: str
+    records: tuple[Record, ...]
+
+    def median(self, key: str) -> float:
+        """Of a field."""
+        return float(statistics.median(record[key] for record in self.records))
+
+    @property
+    def sweep_s(self) -> float:
+        """Median of the seconds per decode sweep; 0 where there was none."""
+        sweeps = len(self.records[0]["token_s"]) - 1
+        return self.median("decode_s") / sweeps if sweeps else 0.0
+
+
+def summarize(records: Iterable[Record]) -> list[Summary]:
+    """The runs by system and setting, in the order in which they came."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record["status"] == "ok":
+            groups.setdefault((record["system"], record["setting"]), []).append(record)
+    return [Summary(system, setting, tuple(runs)) for (system, setting), runs in groups.items()]
+
+
+def equal_rows(one: Record, other: Record) -> tuple[int, int]:
+    """How many of the rows that both runs have got the same tokens, and how many rows both have."""
+    pairs = list(zip(one["row_sha256"], other["row_sha256"], strict=False))
+    return sum(a == b for a, b in pairs), len(pairs)
+
+
+def table(records: Sequence[Record]) -> str:
+    """A table of medians with their spread and how many times faster than the best peer, and what else to know."""
+    summaries = summarize(records)
+    peers = {s.system: s for s in sorted(summaries, key=lambda s: s.median("tokens_per_s")) if s.system != "flexgen"}
+    heads = ["system", "setting", "runs", "token/s", "spread", "prefill s", "sweep s", "RSS MB", "group MB"]
+    rows = [[*heads, *(f"x {name}" for name in peers)]]
+    rows += [_row(summary, peers) for summary in summaries]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *_notes(records, summaries)])
+
+
+def _row(summary: Summary, peers: Mapping[str, Summary]) -> list[str]:
+    speeds = [record["tokens_per_s"] for record in summary.records]
+    speed = summary.median("tokens_per_s")
+    group = max(record.get("group_peak_bytes", 0) for record in summary.records)
+    return [
+        summary.system,
+        summary.setting,
+        str(len(speeds)),
+        f"{speed:.3f}",
+        f"{min(speeds):.3f}-{max(speeds):.3f}",
+        f"{summary.median('prefill_s'):.2f}",
+        f"{summary.sweep_s:.3f}",
+        f"{max(record['peak_rss_bytes'] for record in summary.records) / 1e6:.0f}",
+        f"{group / 1e6:.0f}" if group else "-",
+        *(f"{speed / peer.median('tokens_per_s'):.2f}" for peer in peers.values()),
+    ]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    words = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
+    return words + [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+
+
+def _notes(records: Iterable[Record], summaries: Sequence[Summary]) -> list[str]:
+    notes = [f"{r['system']} ({r['setting']}): {r['error']}" for r in records if r["status"] == "error"]
+    ours = next((s for s in summaries if s.system == "flexgen"), None)
+    if ours is None:
+        return notes
+    report: Any = ours.records[0]["report"]
+    notes.append(f"flexgen: {report['bottleneck']} busy {report['share_of_limit']:.0%} of the time in sweeps")
+    for other in summaries:
+        # in 16 bit, or between element types, rounding may tip a choice
+        if other is not ours and {s.records[0]["dtype"] for s in (ours, other)} == {"float32"}:
+            same, both = equal_rows(ours.records[0], other.records[0])
+            notes.append(f"{other.system} ({other.setting}): the same tokens as flexgen in {same} of {both} rows")
+    return notes

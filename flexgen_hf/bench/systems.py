@@ -1,0 +1,170 @@
+"""The systems that are compared: how each loads a model, as its user would. Loading happens in the calling process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ..errors import PolicyError
+from .workload import Workload
+
+__all__ = ["SYSTEMS", "DeviceSpec", "Job", "load"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSpec:
+    """Where to compute.
+
+    Args:
+        name: as torch names it; `"emulated:0"` is made by `flexgen_hf.bench.emulated`.
+        capacity_bytes: of the emulated device; None is without limit.
+        link_bytes_per_s: of the emulated device's link, in each direction; None is as fast as memory.
+    """
+
+    name: str = "cpu"
+    capacity_bytes: int | None = None
+    link_bytes_per_s: float | None = None
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether it must be made first."""
+        return self.name.startswith("emulated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of one system: all that its process needs to know.
+
+    Args:
+        system: one of `SYSTEMS`.
+        model: a model folder.
+        workload: what to generate.
+        dtype: element type of compute.
+        offload_folder: where the system may put its files.
+        device: where to compute.
+        offload: for accelerate, where the decoder layers are: `"disk"` or `"cpu"`.
+        flexgen: for flexgen, its own arguments of `from_pretrained`: policy, max_memory, ...
+    """
+
+    system: str
+    model: str
+    workload: Workload
+    dtype: str
+    offload_folder: str
+    device: DeviceSpec = DeviceSpec()
+    offload: str = "disk"
+    flexgen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def setting(self) -> str:
+        """What distinguishes this job from others of its system, in a few words."""
+        offload = f", layers on {self.offload}" if self.system == "accelerate" else ""
+        return f"{self.workload.rows} rows, {self.dtype}{offload}"
+
+    def to_json(self) -> str:
+        """One line; `from_json` is the way back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        fields["workload"] = Workload(**fields["workload"])
+        fields["device"] = DeviceSpec(**fields["device"])
+        return cls(**fields)
+
+
+@contextlib.contextmanager
+def load(job: Job) -> Iterator[Any]:
+    """The job's model, ready for `generate`, as long as the context lasts.
+
+    Raises:
+        PolicyError: no such system.
+    """
+    if job.system not in SYSTEMS:
+        raise PolicyError(f"no system {job.system!r}; known are {', '.join(SYSTEMS)}")
+    model = SYSTEMS[job.system](job)
+    try:
+        yield model
+    finally:
+        if job.system == "flexgen":
+            model.close()
+
+
+def _flexgen(job: Job) -> Any:
+    from .. import FlexGenForCausalLM
+
+    return FlexGenForCausalLM.from_pretrained(
+        job.model, offload_folder=job.offload_folder, device=job.device.name, dtype=job.dtype, **job.flexgen
+    )
+
+
+def _accelerate(job: Job) -> Any:
+    """Decoder layers on disk (or in RAM), all else where compute is: then nothing is loaded that is not multiplied."""
+    from transformers import AutoModelForCausalLM
+
+    if job.device.is_emulated:
+        _have_safetensors_know_the_device()
+    return AutoModelForCausalLM.from_pretrained(
+        job.model, device_map=_device_map(job), offload_folder=job.offload_folder, dtype=job.dtype
+    )
+
+
+def _device_map(job: Job) -> dict[str, str]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..architectures import describe
+
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            AutoConfig.from_pretrained(job.model)
+        )
+    structure = describe(skeleton)
+    outer = {name: job.device.name for name, _ in structure.outer_modules()}
+    layers = {f"{structure.layers_name}.{j}": job.offload for j in range(len(structure.layers))}
+    return outer | layers
+
+
+def _have_safetensors_know_the_device() -> None:
+    """Has Accelerate's reads of an offloaded weight go to the emulated device as they go to a real one: through RAM."""
+    from accelerate.utils import offload
+    from safetensors import safe_open
+
+    class Opened:
+        def __init__(self, file: str, framework: str, device: str) -> None:
+            self._opened: Any = safe_open(file, framework=framework, device="cpu")
+            self._device = device
+
+        def __enter__(self) -> Opened:
+            self._opened.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._opened.__exit__(*error)
+
+        def get_tensor(self, name: str) -> Any:
+            return self._opened.get_tensor(name).to(self._device)
+
+    offload.safe_open = Opened
+
+
+def _transformers(job: Job) -> Any:
+    """The whole model in the memory of the device."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
+    model = model.to(job.device.name)
+    model.tie_weights()  # a move to the emulated device makes two parameters of one
+    return model
+
+
+#: how each system loads a job's model
+SYSTEMS: Mapping[str, Callable[[Job], Any]] = {
+    "flexgen": _flexgen,
+    "accelerate": _accelerate,
+    "transformers": _transformers,
+}

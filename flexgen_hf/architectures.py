@@ -21,8 +21,8 @@ __all__ = ["TESTED", "Structure", "describe", "is_tested"]
 
 #: model types compared with transformers in this project's own tests
 TESTED = frozenset(
-    "bloom codegen falcon gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss gptj llama mistral mixtral opt phi3 qwen2 qwen3 "
-    "qwen3_moe".split()
+    "bloom codegen falcon gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss gptj llama mistral mixtral opt phi3 qwen2 "
+    "qwen3 qwen3_moe".split()
 )
 
 # Layer kinds of `config.layer_types` whose state is plain keys and values.

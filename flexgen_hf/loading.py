@@ -78,8 +78,11 @@ def _let_load_time_win() -> None:
                 f"the checkpoint is already quantized with {_method(stored)!r}, which this engine cannot stream; "
                 "load the 16-bit checkpoint it was made from"
             )
-        options = {**_options(stored), **{k: v for k, v in _options(given).items() if v is not None}}
-        return FlexGenConfig(**options)
+        wanted = {k: v for k, v in _options(given).items() if v is not None}
+        kept = _options(stored)
+        if "policy" in wanted:  # block sizes that are stored override the stored policy, not this one
+            kept = {k: v for k, v in kept.items() if k not in ("batch_size", "num_batches")}
+        return FlexGenConfig(**{**kept, **wanted})
 
     AutoHfQuantizer.merge_quantization_configs = classmethod(merged)  # type: ignore[method-assign,assignment]
 
@@ -166,7 +169,8 @@ class FlexGenHfQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """Refuses a device_map: the policy places the weights."""
-        if device_map not in (None, "auto", "cpu", {"": "cpu"}):
+        whole = {"": str(device_map[""])} if isinstance(device_map, Mapping) and set(device_map) == {""} else device_map
+        if whole not in (None, "auto", "cpu", {"": "cpu"}):  # the last is what transformers makes of "cpu"
             raise PolicyError(f"device_map={device_map!r}: the policy places the weights; leave device_map out")
         return None
 
@@ -367,7 +371,10 @@ def _default_policy(
 
 def _device(options: FlexGenConfig) -> torch.device:
     if options.device is not None:
-        return torch.device(options.device)
+        try:
+            return torch.device(options.device)
+        except RuntimeError as error:
+            raise PolicyError(f"device={options.device!r}: torch knows no such device; leave it out") from error
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None and found.type != EMULATED else torch.device("cpu")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
-from .errors import ConversionError, PolicyError, UnsupportedModelError
+from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor, merge
 from .kv_cache import BlockCache, CacheSpace, spans_of
 from .planning.placement import assign
@@ -90,12 +91,14 @@ class FlexGenForCausalLM:
         }
         if kwargs.pop("quantization_config", None) is not None:
             raise PolicyError("quantization_config: pass policy=, compression= and max_memory= themselves")
-        model = AutoModelForCausalLM.from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            quantization_config={name: value for name, value in options.items() if value is not None},
-            **kwargs,
-        )
+        kwargs["quantization_config"] = {name: value for name, value in options.items() if value is not None}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:  # transformers looks for the dtype before we check the files
+            raise StoreError(
+                f"a file of {str(pretrained_model_name_or_path)!r} is not in the safetensors format ({error}); "
+                "download it again"
+            ) from error
         if not isinstance(model[0] if isinstance(model, tuple) else model, FlexGenForCausalLM):  # output_loading_info
             raise UnsupportedModelError(
                 f"transformers loaded {type(model).__name__} by itself, in a way that this version of flexgen_hf does "
@@ -152,11 +155,11 @@ class FlexGenForCausalLM:
             return self._generate_in_blocks(whole, call, prompts, _pad_token(settings))
 
     def _settings(self, generate: Any, call: dict[str, Any]) -> GenerationConfig:
-        """The settings of a call as transformers resolves them: from arguments, from a given config, from the model's."""
+        """The settings of a call as transformers resolves them, from arguments, a given config and the model's."""
         named = inspect.signature(generate).parameters
         free = {name: value for name, value in call.items() if name not in named}
-        settings: GenerationConfig
-        settings, _ = self._prepare_generation_config(call.get("generation_config"), **free)  # type: ignore[attr-defined]
+        prepare: Any = self._prepare_generation_config  # type: ignore[attr-defined]
+        settings: GenerationConfig = prepare(call.get("generation_config"), **free)[0]
         return settings
 
     def _prompts_per_block(self, call: dict[str, Any], settings: GenerationConfig) -> int | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from flexgen_hf import Policy
 from flexgen_hf.architectures import TESTED
@@ -18,56 +16,60 @@ from flexgen_hf.architectures import TESTED
 from .checkpoints import opt_config
 from .comparison import BEAMS, GREEDY, load_ours, load_plain, ragged, same_tokens, same_values, save_tiny
 
-BASE = {"vocab_size": 96, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": None}
-TINY = {
+BASE: dict[str, Any] = {"vocab_size": 96, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": None}
+TINY: dict[str, Any] = {
     **BASE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
-HEADS = {**TINY, "head_dim": 16}  # wider than hidden_size / heads
-GPT = {**BASE, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+HEADS: dict[str, Any] = {**TINY, "head_dim": 16}  # wider than hidden_size / heads
+FALCON: dict[str, Any] = {**BASE, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+GPT: dict[str, Any] = {**BASE, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
-#: name of the case -> its config; what comes before a blank is the model type
-FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "opt": opt_config,
-    "llama": lambda: transformers.LlamaConfig(**TINY),
-    "llama tied": lambda: transformers.LlamaConfig(**TINY, tie_word_embeddings=True, rope_theta=1e4),
-    "qwen2": lambda: transformers.Qwen2Config(**TINY),
-    "qwen2 sliding": lambda: transformers.Qwen2Config(
-        **TINY, use_sliding_window=True, sliding_window=4, max_window_layers=2
-    ),
-    "qwen3": lambda: transformers.Qwen3Config(**HEADS),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **HEADS, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[1]
-    ),
-    "bloom": lambda: transformers.BloomConfig(**BASE, hidden_size=32, n_layer=4, n_head=4),
-    "codegen": lambda: transformers.CodeGenConfig(**GPT, rotary_dim=4, n_ctx=64),
-    "gptj": lambda: transformers.GPTJConfig(**GPT, rotary_dim=4),
-    "gpt2": lambda: transformers.GPT2Config(**GPT),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        **{k: v for k, v in TINY.items() if k != "num_key_value_heads"}, rotary_pct=0.5
-    ),
-    "glm4": lambda: transformers.Glm4Config(**HEADS, partial_rotary_factor=0.5),
-    "mistral": lambda: transformers.MistralConfig(**TINY, sliding_window=4),
-    "mixtral": lambda: transformers.MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
-    "mixtral sliding": lambda: transformers.MixtralConfig(**TINY, num_local_experts=3, sliding_window=5),
-    "gemma2": lambda: transformers.Gemma2Config(**HEADS, sliding_window=4, layer_types=MIXED),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(**HEADS, sliding_window=4, layer_types=MIXED),
-    "falcon": lambda: transformers.FalconConfig(**BASE, hidden_size=32, num_hidden_layers=4, num_attention_heads=4),
-    "falcon alibi": lambda: transformers.FalconConfig(
-        **BASE, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, alibi=True, bias=True, multi_query=False
-    ),
-    "phi3": lambda: transformers.Phi3Config(**TINY),
-    "gpt_oss": lambda: transformers.GptOssConfig(
-        **HEADS, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, layer_types=MIXED
-    ),
+#: name of the case -> fields of its config; what comes before a blank is the model type
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": opt_config().to_dict(),
+    "llama": TINY,
+    "llama tied": {**TINY, "tie_word_embeddings": True},
+    "qwen2": TINY,
+    "qwen2 sliding": {**TINY, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": HEADS,
+    "qwen3_moe": {
+        **HEADS,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
+    "bloom": {**BASE, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "codegen": {**GPT, "rotary_dim": 4, "n_ctx": 64},
+    "gptj": {**GPT, "rotary_dim": 4},
+    "gpt2": GPT,
+    "gpt_neox": {**TINY, "rotary_pct": 0.5},
+    "glm4": {**HEADS, "partial_rotary_factor": 0.5},
+    "mistral": {**TINY, "sliding_window": 4},
+    "mixtral": {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral sliding": {**TINY, "num_local_experts": 3, "sliding_window": 5},
+    "gemma2": {**HEADS, "sliding_window": 4, "layer_types": MIXED},
+    "gemma3_text": {**HEADS, "sliding_window": 4, "layer_types": MIXED},
+    "falcon": FALCON,
+    "falcon alibi": {**FALCON, "alibi": True, "bias": True, "multi_query": False},
+    "phi3": TINY,
+    "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "layer_types": MIXED},
 }
+
+
+def config_of(model_type: str, fields: dict[str, Any]) -> PretrainedConfig:
+    made: PretrainedConfig = AutoConfig.for_model(**{**fields, "model_type": model_type})
+    return made
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name = request.param.replace(" ", "-")
-    return save_tiny(FAMILIES[request.param](), tmp_path_factory.mktemp(name) / name, std=0.25)
+    return save_tiny(
+        config_of(name.split("-")[0], FAMILIES[request.param]), tmp_path_factory.mktemp(name) / name, std=0.25
+    )
 
 
 def test_the_tokens_of_transformers(checkpoint: Path) -> None:
@@ -92,7 +94,7 @@ def test_families_said_to_be_tested_are() -> None:
 
 
 def test_a_family_that_is_not_tested_is_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = save_tiny(transformers.Olmo2Config(**TINY), tmp_path / "olmo2")
+    folder = save_tiny(config_of("olmo2", TINY), tmp_path / "olmo2")
     with caplog.at_level(logging.WARNING, "flexgen_hf"), load_ours(folder):
         pass
     (record,) = caplog.records
@@ -103,8 +105,9 @@ def test_a_family_that_is_not_tested_is_named_in_one_line(tmp_path: Path, caplog
 # --------------------------------------------------------------------------------------------------- windows that slide
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = transformers.MistralConfig(**TINY, sliding_window=4)
-    return save_tiny(config, tmp_path_factory.mktemp("mistral") / "mistral", std=0.25)
+    return save_tiny(
+        config_of("mistral", FAMILIES["mistral"]), tmp_path_factory.mktemp("mistral") / "mistral", std=0.25
+    )
 
 
 def test_only_what_is_in_the_window_is_loaded(mistral: Path) -> None:

@@ -95,11 +95,11 @@ def test_beams_never_cross_micro_batches(ours: Any, prompts: dict[str, Any], mon
     assert not crossed
 
 
-# --------------------------------------------------------------------------------------------------- users' own functions
+# ------------------------------------------------------------------------------------------------- users' own functions
 class Forbid(LogitsProcessor):
     """Forbids a token that depends on the row, as a processor may."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[torch.arange(len(scores)), input_ids[:, -1]] = -float("inf")
         scores[torch.arange(len(scores)), torch.arange(len(scores)) + 3] = -float("inf")
@@ -109,7 +109,7 @@ class Forbid(LogitsProcessor):
 class StopRows(StoppingCriteria):
     """Stops each row at a length of its own."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.arange(len(input_ids)) + 11 <= input_ids.shape[1]
 
 
@@ -165,7 +165,7 @@ def test_custom_generate(plain_opt: Any, ours: Any, prompts: dict[str, Any]) -> 
 def test_streamer(plain_opt: Any, ours: Any, tokenizer: Any) -> None:
     prompt = ragged([6])
     want = plain_opt.generate(**prompt, **GREEDY, max_new_tokens=8)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)  # type: ignore[no-untyped-call]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     call = {**prompt, **GREEDY, "max_new_tokens": 8, "streamer": streamer}
     thread = threading.Thread(target=ours.generate, kwargs=call)
     thread.start()
@@ -240,7 +240,7 @@ def test_the_report_of_the_last_run(ours: Any, prompts: dict[str, Any]) -> None:
     assert "30" in str(report)
 
 
-# -------------------------------------------------------------------------------------------------- candidates from others
+# ----------------------------------------------------------------------------------------------- candidates from others
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
 def test_assisted_decoding(plain_opt: Any, ours: Any, mode: dict[str, Any]) -> None:
     """Ours as the model that checks, as the one that drafts, and as both."""
@@ -323,7 +323,8 @@ def test_no_prompt_at_all(plain_opt: Any, ours: Any) -> None:
 def test_continuing_from_a_returned_cache(plain_opt: Any, ours: Any, prompts: dict[str, Any]) -> None:
     """A first call's cache is taken up by a second one, which has the whole text, and by a third."""
     settings = {**GREEDY, "max_new_tokens": 4, "return_dict_in_generate": True, "pad_token_id": 1}
-    wants, gots = {"cache": None}, {"cache": None}
+    wants: dict[str, Any] = {"cache": None}
+    gots: dict[str, Any] = {"cache": None}
     for model, state in ((plain_opt, wants), (ours, gots)):
         inputs = dict(prompts)
         for _ in range(3):
@@ -370,7 +371,7 @@ def test_a_users_own_cache(plain_opt: Any, ours: Any, prompts: dict[str, Any], m
         torch.manual_seed(5)
         tokens.append(model.generate(**prompts, **mode, past_key_values=cache, max_new_tokens=5, pad_token_id=1))
     assert torch.equal(*tokens)
-    same_values(*caches)
+    same_values(caches[0], caches[1])
 
 
 def test_operations_on_a_filled_cache(plain_opt: Any, ours: Any, prompts: dict[str, Any]) -> None:
@@ -406,7 +407,7 @@ def test_operations_on_a_filled_cache(plain_opt: Any, ours: Any, prompts: dict[s
             ids = torch.nn.functional.pad(ids, (0, 3), value=7)[:, known : known + 3]
             mask = torch.nn.functional.pad(mask, (0, 3), value=1)[:, : known + 3]
             logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
-        same_values(*logits, where=operation.__name__)
+        same_values(logits[0], logits[1], operation.__name__)
 
 
 # ---------------------------------------------------------------------------------------------------- ends and lengths

@@ -49,9 +49,6 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     overlap: Annotated[
         bool | None, typer.Option("--overlap/--no-overlap", help="flexgen's: move data while computing.")
     ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="flexgen's: limit of each tier, for example `0=700MiB,cpu=2GiB`.")
-    ] = None,
     dtype: Annotated[_Dtype, typer.Option(help="flexgen's element type of compute.")] = "float32",
     peer_batch_sizes: Annotated[
         str | None, typer.Option(help="Batch sizes that peers may choose from.", show_default="flexgen's block")
@@ -109,7 +106,7 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         dtype=dtype,
         offload_folder=str(folder),
         device=where,
-        flexgen=_flexgen_options(shares, max_memory),
+        flexgen={} if shares is None else {"policy": shares.to_dict()},
     )
     bench = Bench(folder, limits, time_limit, {"command": shlex.join(["flexgen-hf", *sys.argv[1:]])})
     jobs = {name: jobs_of(name, job, peers) for name in names}
@@ -157,16 +154,6 @@ def _policy(text: str | None, **fields: Any) -> Policy | None:
     if text is not None:
         return Policy.of(text, **fields)
     return Policy.from_dict(fields) if fields else None
-
-
-def _flexgen_options(policy: Policy | None, max_memory: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if policy is not None:
-        options["policy"] = policy.to_dict()
-    if max_memory is not None:
-        pairs = (part.partition("=") for part in max_memory.split(","))
-        options["max_memory"] = {name.strip(): size.strip() for name, _, size in pairs}
-    return options
 
 
 def _device(name: str, memory: str | None, link: str | None) -> DeviceSpec:

@@ -22,9 +22,7 @@ __all__ = ["ControlGroup", "Limits", "drop_page_cache", "why_not_permitted"]
 _CGROUPS = Path("/sys/fs/cgroup")
 
 # a process enters its groups before it becomes the command, so that all it ever allocates is counted
-_ENTER = (
-    'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs" || exit 126; shift; n=$((n-1)); done; exec "$@"'
-)
+_ENTER = 'for group in "$1" "$2"; do echo $$ > "$group/cgroup.procs" || exit 126; done; shift 2; exec "$@"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +110,14 @@ class ControlGroup:
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def drop_page_cache(folders: Iterable[Path]) -> None:
-    """Has the next reads of these folders' files go to the disk. Root drops the whole page cache."""
+def drop_page_cache(folders: Iterable[Path], everything: bool = False) -> None:
+    """Has the next reads of these folders' files go to the disk.
+
+    Args:
+        folders: whose files are dropped from the cache, at any depth.
+        everything: drop all other files too, so that none that a limited process reads is another's to pay; only root
+            can, for others nothing happens.
+    """
     os.sync()
     for folder in folders:
         for file in (f for f in folder.rglob("*") if f.is_file()):
@@ -122,8 +126,9 @@ def drop_page_cache(folders: Iterable[Path]) -> None:
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(handle)
-    with contextlib.suppress(OSError):  # a container may keep even root from it
-        Path("/proc/sys/vm/drop_caches").write_text("1")
+    if everything:
+        with contextlib.suppress(OSError):  # a container may keep even root from it
+            Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
 def _write(file: Path, text: str) -> None:

@@ -46,7 +46,7 @@ class Job:
         offload_folder: where the system may put its files.
         device: where to compute.
         offload: for accelerate, where the decoder layers are: `"disk"` or `"cpu"`.
-        flexgen: for flexgen, its own arguments of `from_pretrained`: policy, max_memory, ...
+        flexgen: for flexgen, its own arguments of `from_pretrained`, for example `policy`
     """
 
     system: str

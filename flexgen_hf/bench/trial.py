@@ -51,7 +51,7 @@ class Bench:
         Raises:
             CapacityError: the limits cannot be set here.
         """
-        drop_page_cache([Path(job.model)])
+        drop_page_cache([Path(job.model)], everything=bool(self.limits))
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=self.work_folder))
             group = self._group(job, stack)

@@ -65,9 +65,9 @@ def _attend(
     Returns:
         The output (batch, new tokens, heads, head_dim) on the device of `query`, and no attention weights.
     """
-    plain = AttentionInterface()["sdpa"]
+    plain: Any = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
     if key.device == query.device:
-        return plain(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+        return plain(module, query, key, value, attention_mask, **options)
     there = {name: _to(item, key.device) for name, item in options.items()}
     output, weights = plain(module, query.to(key.device), key, value, _to(attention_mask, key.device), **there)
     return output.to(query.device), weights

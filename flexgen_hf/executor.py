@@ -213,7 +213,6 @@ class Executor:
             if cache is not None:
                 cache.settle = self.settle
                 cache.prepare_sweep()
-                report.placement["cache"] = cache.placement()
             hidden = self._hidden_states(len(bodies), keep_hidden)
             coroutines = [_Row(body, batch) for batch, body in enumerate(bodies)]
             try:
@@ -222,6 +221,8 @@ class Executor:
                 self._execute(self._traffic(cache, hidden, fresh), coroutines, cache, hidden, last)
             finally:
                 _end(coroutines)
+            if cache is not None:
+                report.placement["cache"] = cache.placement()
             report.sweeps.append(SweepRecord(rows, tokens, time.perf_counter() - started, fresh))
             return [coroutine.result for coroutine in coroutines]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,7 @@ class FlexGenForCausalLM:
     def _forward(self, plain: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
         """Cuts the rows into micro-batches, runs `plain` on each in the executor, joins what they return."""
         given = _flat(signature.bind(self, *args, **kwargs), signature)
-        labels, return_dict = given.pop("labels", None), given.pop("return_dict", None)
+        return_dict, given["return_dict"] = given.get("return_dict"), True
         source = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if source is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
@@ -345,13 +346,33 @@ class FlexGenForCausalLM:
         with torch.no_grad():
             outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
             output = merge(outputs, cache)
-            if labels is not None:
-                # Over all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
-                vocabulary = self.config.get_text_config(decoder=True).vocab_size
-                loss: Any = self.loss_function  # type: ignore[attr-defined]
-                output = type(output)(loss=loss(logits=output.logits, labels=labels, vocab_size=vocabulary), **output)
+            if given.get("labels") is not None and len(outputs) > 1:
+                output["loss"] = self._loss(outputs, output, given)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
+
+
+    def _loss(self, parts: Sequence[Any], whole: Any, given: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
+
+        Raises:
+            UnsupportedModelError: the model has a loss of its own kind, as its micro-batches show.
+        """
+        function: Any = self.loss_function  # type: ignore[attr-defined]
+        settings = {"vocab_size": self.config.get_text_config(decoder=True).vocab_size}
+        if given.get("num_items_in_batch") is not None:
+            settings["num_items_in_batch"] = given["num_items_in_batch"]
+        labels, row = given["labels"], 0
+        for part in parts:
+            rows = labels[row : row + part.logits.shape[0]]
+            row += part.logits.shape[0]
+            if not torch.allclose(function(part.logits, rows, **settings), part.loss, rtol=1e-3, equal_nan=True):
+                raise UnsupportedModelError(
+                    f"{type(self).__name__} computes another loss than that of the next token, which can't be put "
+                    "together from micro-batches; pass one micro-batch at a time, or compute it from the logits"
+                )
+        loss: torch.Tensor = function(whole.logits, labels, **settings)
+        return loss
 
 
 # Arguments of generate that may look at the batch as a whole, or at row numbers.
@@ -416,7 +437,7 @@ def _part(name: str, value: Any, batch: int, span: tuple[int, int], rows: int) -
         return value.children[batch]
     if isinstance(value, dict):
         return {key: _part(name, item, batch, span, rows) for key, item in value.items()}
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name == "logits_to_keep":
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in ("logits_to_keep", "cache_position"):
         return value
     if name == "position_ids" and value.ndim == 3:  # (axes, batch, tokens)
         return value[:, span[0] : span[1]]
@@ -437,6 +458,8 @@ def _cache_geometry(config: Any) -> tuple[int, int] | None:
     """(heads, head_dim) of keys and values, or None if the config does not say it plainly."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1
     width = getattr(text, "head_dim", None)
     if width is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
         width = text.hidden_size // text.num_attention_heads

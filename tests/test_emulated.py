@@ -112,9 +112,9 @@ def test_streamed_weights_cross_the_link_once_per_sweep(folder: Path, tmp_path: 
 def test_attention_on_the_host_gives_the_same_tokens(tmp_path: Path, kind: str, mode: str) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # grouped queries
-    config = opt_config() if kind == "opt" else LlamaConfig(**sizes, **heads)
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # grouped queries
+    config = opt_config() if kind == "opt" else LlamaConfig(**sizes)
     write_random_checkpoint(tmp_path / kind, config, dtype=torch.float32)
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
     want = plain.generate(**prompts(), max_new_tokens=6, **MODES[mode])

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from flexgen_hf import Policy
 from flexgen_hf.architectures import TESTED
+from flexgen_hf.modeling import _cache_geometry
 
 from .checkpoints import opt_config
 from .comparison import BEAMS, GREEDY, load_ours, load_plain, ragged, same_tokens, same_values, save_tiny
@@ -59,17 +60,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(model_type: str, fields: dict[str, Any]) -> PretrainedConfig:
-    made: PretrainedConfig = AutoConfig.for_model(**{**fields, "model_type": model_type})
-    return made
+def save_family(case: str, folder: Path) -> Path:
+    fields = {**FAMILIES[case], "model_type": case.split(maxsplit=1)[0]}
+    return save_tiny(AutoConfig.for_model(**fields), folder, std=0.25)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    name = request.param.replace(" ", "-")
-    return save_tiny(
-        config_of(name.split("-")[0], FAMILIES[request.param]), tmp_path_factory.mktemp(name) / name, std=0.25
-    )
+    return save_family(request.param, tmp_path_factory.mktemp("family") / "model")
 
 
 def test_the_tokens_of_transformers(checkpoint: Path) -> None:
@@ -77,6 +75,10 @@ def test_the_tokens_of_transformers(checkpoint: Path) -> None:
     with load_ours(checkpoint) as ours:
         got = same_tokens(plain, ours, GREEDY, prompts)
         same_tokens(plain, ours, BEAMS, prompts)
+        # Memory for the cache is taken before work starts, so its shape must be known from the config.
+        cells = ours(**prompts, use_cache=True).past_key_values.layers
+        assert {cell.keys.shape[1::2] for cell in cells} == {cell.values.shape[1::2] for cell in cells}
+        assert {cell.keys.shape[1::2] for cell in cells} == {_cache_geometry(ours.config)}
         with torch.no_grad():
             same_values(plain(**prompts).logits, ours(**prompts).logits)
     assert len({tuple(row) for row in got[:, 9:].tolist()}) > 2  # the comparison could have failed
@@ -94,7 +96,7 @@ def test_families_said_to_be_tested_are() -> None:
 
 
 def test_a_family_that_is_not_tested_is_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = save_tiny(config_of("olmo2", TINY), tmp_path / "olmo2")
+    folder = save_tiny(AutoConfig.for_model("olmo2", **TINY), tmp_path / "olmo2")
     with caplog.at_level(logging.WARNING, "flexgen_hf"), load_ours(folder):
         pass
     (record,) = caplog.records
@@ -105,9 +107,7 @@ def test_a_family_that_is_not_tested_is_named_in_one_line(tmp_path: Path, caplog
 # --------------------------------------------------------------------------------------------------- windows that slide
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(
-        config_of("mistral", FAMILIES["mistral"]), tmp_path_factory.mktemp("mistral") / "mistral", std=0.25
-    )
+    return save_family("mistral", tmp_path_factory.mktemp("mistral") / "model")
 
 
 def test_only_what_is_in_the_window_is_loaded(mistral: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from flexgen_hf import Policy
+from flexgen_hf import Policy, UnsupportedModelError
 from flexgen_hf.kv_cache import BlockCache
 
 from .comparison import BEAMS, GREEDY, SAMPLING, THREE_TIERS, load_ours, ragged, same_tokens, same_values
@@ -477,3 +477,25 @@ def test_several_micro_batches_and_tiers_were_at_work(ours: Any, prompts: dict[s
     for kind in ("weights", "cache"):
         assert all(size > 0 for size in ours.last_run.placement[kind].values()), kind
     assert ours.policy == THREE_TIERS
+
+
+def test_a_loss_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Mixtures of experts add a term for their router, which is no mean over tokens."""
+    from transformers import MixtralConfig
+
+    from .comparison import load_plain, save_tiny
+
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    folder = save_tiny(config, tmp_path / "model")
+    plain, inputs = load_plain(folder), ragged([4, 4, 4])
+    labels = inputs["input_ids"]
+    with load_ours(folder) as model, torch.no_grad():
+        same_values(plain(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+        one = {name: value[:2] for name, value in inputs.items()}  # a single micro-batch is what the model says it is
+        settings = {"output_router_logits": True}
+        same_values(plain(**one, labels=labels[:2], **settings).loss, model(**one, labels=labels[:2], **settings).loss)
+        with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM computes another loss"):
+            model(**inputs, labels=labels, **settings)

@@ -65,6 +65,7 @@ NAMES_FAMILIES = {
     "flexgen_hf/architectures.py": "it is the one place for what differs between families",
     "conversion/numpy_folder.py": "the original's numpy folders hold OPT and name no architecture themselves",
     "conversion/metaseq.py": "metaseq's shards hold OPT and name no architecture themselves",
+    "flexgen_hf/bench/machine.py": "it asks git, the program, for the commit",
 }
 
 

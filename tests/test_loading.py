@@ -160,6 +160,15 @@ def test_a_path_may_be_a_string_and_arguments_are_transformers_own(
     assert not info["unexpected_keys"]
 
 
+def test_the_dtype_of_a_checkpoint_that_does_not_say(tmp_path: Path) -> None:
+    folder = save_tiny(opt_config(), tmp_path / "model", dtype=torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    with load_ours(folder) as model:
+        assert model.dtype is load_plain(folder).dtype is torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------ without our own class
 def test_auto_model_with_a_dict(tiny_opt: Path, plain_opt: Any, prompts: Any) -> None:
     """Code that takes a YAML file only can name us."""
@@ -376,7 +385,7 @@ def test_unknown_options_are_named(tiny_opt: Path) -> None:
 
 
 def test_not_to_be_called_but_loaded() -> None:
-    with pytest.raises(TypeError, match="use FlexGenForCausalLM.from_pretrained"):
+    with pytest.raises(TypeError, match=r"use FlexGenForCausalLM\.from_pretrained"):
         FlexGenForCausalLM(opt_config())
 
 
@@ -453,7 +462,7 @@ def test_families_with_their_own_cache_are_refused_before_weights_are_read(
     AutoConfig.for_model(family, **OWN_CACHES[family]).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be looked at")
     monkeypatch.setattr("flexgen_hf.loading.read_checkpoint", None)
-    with pytest.raises(UnsupportedModelError, match="not keys and values|state of its own kind"):
+    with pytest.raises(UnsupportedModelError, match=r"not keys and values|state of its own kind"):
         load_ours(tmp_path / "model", dtype="float32")  # "auto" would have transformers look
 
 
@@ -541,10 +550,10 @@ def test_without_a_policy_the_fastest_tiers_are_filled_first(deep_opt: Path, pro
     with FlexGenForCausalLM.from_pretrained(deep_opt) as model:
         assert model.policy.weights == Placement(device=1.0)
         same_tokens(plain, model, GREEDY, prompts)
-    with FlexGenForCausalLM.from_pretrained(deep_opt, max_memory={"cpu": 1_100_000}, batch_size=2) as model:
+    with FlexGenForCausalLM.from_pretrained(deep_opt, max_memory={"cpu": 1_000_000}, batch_size=2) as model:
         assert 0 < model.policy.weights.device < 1
         assert model.policy.weights.disk == pytest.approx(1 - model.policy.weights.device)
-        same_tokens(plain, model, GREEDY, prompts)
+        same_tokens(plain, model, GREEDY, ragged([3, 4]))
 
 
 # --------------------------------------------------------------------------------------------------------------- shares

@@ -11,8 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from .errors import UnsupportedModelError
 
@@ -24,6 +22,10 @@ NAME = "flexgen"
 
 def register() -> None:
     """Makes `attn_implementation="flexgen"` known. Calling it again changes nothing."""
+    # In here: the import of transformers' models ends in our registration, which needs this module to be complete.
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -65,9 +67,12 @@ def _attend(
     Returns:
         The output (batch, new tokens, heads, head_dim) on the device of `query`, and no attention weights.
     """
+    from transformers import AttentionInterface
+
     plain: Any = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
     if key.device == query.device:
-        return plain(module, query, key, value, attention_mask, **options)
+        output, weights = plain(module, query, key, value, attention_mask, **options)
+        return output, weights
     there = {name: _to(item, key.device) for name, item in options.items()}
     output, weights = plain(module, query.to(key.device), key, value, _to(attention_mask, key.device), **there)
     return output.to(query.device), weights

@@ -351,7 +351,6 @@ class FlexGenForCausalLM:
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
 
-
     def _loss(self, parts: Sequence[Any], whole: Any, given: Mapping[str, Any]) -> torch.Tensor:
         """The loss of all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
 

@@ -104,9 +104,11 @@ class TestShapes:
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(random_checkpoint(tmp_path, "tiny", dtype), dtype=dtype)
-        logits = model(**WORKLOAD.prompts(128, 1)).logits[:, -1]
-        assert logits.isfinite().all()
-        assert len(set(logits.argmax(-1).tolist())) > 1
+        prompts = Workload(16, 1, 8).prompts(128, 1)
+        assert model(**prompts).logits.isfinite().all()
+        tokens = model.generate(**prompts, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 16:]
+        assert len({tuple(row.tolist()) for row in tokens}) == 8
+        assert all(len(set(row.tolist())) > 2 for row in tokens)
 
 
 class TestWorkload:

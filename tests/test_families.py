@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {**GPT, "rotary_dim": 4, "n_ctx": 64},
     "gptj": {**GPT, "rotary_dim": 4},
     "gpt2": GPT,
-    "gpt_neox": {**TINY, "rotary_pct": 0.5},
+    "gpt_neox": {**TINY, "num_key_value_heads": 4, "rotary_pct": 0.5},
     "glm4": {**HEADS, "partial_rotary_factor": 0.5},
     "mistral": {**TINY, "sliding_window": 4},
     "mixtral": {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -76,9 +76,9 @@ def test_the_tokens_of_transformers(checkpoint: Path) -> None:
         got = same_tokens(plain, ours, GREEDY, prompts)
         same_tokens(plain, ours, BEAMS, prompts)
         # Memory for the cache is taken before work starts, so its shape must be known from the config.
-        cells = ours(**prompts, use_cache=True).past_key_values.layers
-        assert {cell.keys.shape[1::2] for cell in cells} == {cell.values.shape[1::2] for cell in cells}
-        assert {cell.keys.shape[1::2] for cell in cells} == {_cache_geometry(ours.config)}
+        cache = ours(**prompts, use_cache=True).past_key_values
+        assert {cell.keys.shape[1::2] for cell in cache.cells()} == {_cache_geometry(ours.config)}
+        assert {cell.values.shape[1::2] for cell in cache.cells()} == {_cache_geometry(ours.config)}
         with torch.no_grad():
             same_values(plain(**prompts).logits, ours(**prompts).logits)
     assert len({tuple(row) for row in got[:, 9:].tolist()}) > 2  # the comparison could have failed

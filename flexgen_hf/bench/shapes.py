@@ -44,7 +44,10 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
 }
 
 # goes into the names of cached checkpoints: raise it when the same configuration gives other bytes
-_VERSION = 1
+_VERSION = 2
+
+# at 1, what tied models write is their last token again and again, whatever came before it
+_GAIN = 2.0
 
 
 def config_of_shape(name: str) -> Any:
@@ -134,13 +137,15 @@ def write_random_checkpoint(folder: str | Path, config: Any, dtype: torch.dtype)
 def random_pieces(state: Mapping[str, torch.Tensor], step: int = 1 << 22) -> Iterator[torch.Tensor]:
     """Random values for each of these tensors in turn, in pieces of at most `step` elements. Always the same ones.
 
-    Matrices keep the size of what they are applied to; the weights of norms are near one.
+    Matrices double what they are applied to, so that the next token depends on all those before it; rows of tables have
+    length one, the weights of norms are near one.
     """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
-        scale = 1 / math.sqrt(max(tensor.shape[-1], 1)) if tensor.dim() else 1.0
+        gain = _GAIN if tensor.dim() > 1 and "embed" not in name else 1.0
+        scale = gain / math.sqrt(max(tensor.shape[-1], 1)) if tensor.dim() else 1.0
         mean = 1.0 if tensor.dim() == 1 and name.endswith(".weight") else 0.0
         for start in range(0, tensor.numel(), step):
             size = min(step, tensor.numel() - start)

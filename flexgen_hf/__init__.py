@@ -66,9 +66,9 @@ def __dir__() -> list[str]:
 
 
 def _register_method() -> None:
-    from .loading import register
-
-    register()
+    # The module registers itself when its import is complete. If it was imported first, its own import of transformers
+    # has led here, and it is not complete yet.
+    importlib.import_module(".loading", __name__)
 
 
 when_imported(_register_method)

@@ -417,3 +417,7 @@ def _offload_folder(options: FlexGenConfig) -> Path:
         return Path(cached_assets_path("flexgen_hf", namespace="offload", subfolder="default"))
     except OSError as error:
         raise StoreError(f"no default offload folder ({error}); pass offload_folder") from error
+
+
+# The one module whose import does something: it is imported by the hook that waits for transformers, for this purpose.
+register()

@@ -132,7 +132,8 @@ def _device_map(job: Job) -> dict[str, str]:
 def _have_safetensors_know_the_device() -> None:
     """Has Accelerate's reads of an offloaded weight go to the emulated device as they go to a real one: through RAM."""
     from accelerate.utils import offload
-    from safetensors import safe_open
+
+    safe_open: Any = offload.safe_open
 
     class Opened:
         def __init__(self, file: str, framework: str, device: str) -> None:

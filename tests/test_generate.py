@@ -149,6 +149,20 @@ def test_stop_strings(plain_opt: Any, ours: Any, tokenizer: Any, prompts: dict[s
     assert (got[0] == 1).sum() > (prompts["input_ids"][0] == 1).sum()
 
 
+def test_rows_that_stop_go_on_until_the_last_one_has(
+    plain_opt: Any, ours: Any, tokenizer: Any, prompts: dict[str, Any]
+) -> None:
+    """Without a token that ends texts, transformers does not fill up what has met its stop string."""
+    prompts = {name: value[[0, 1, 2, 3, 4, 6, 5]] for name, value in prompts.items()}
+    free = plain_opt.generate(**prompts, max_new_tokens=8, do_sample=False)[:, prompts["input_ids"].shape[1] :]
+    assert not set(free[6].tolist()) & set(free[:6, 0].tolist())
+    stops = [
+        tokenizer.decode(token) for token in free[:6, 0].unique()
+    ]  # those of the first block, but not the last row
+    got = same_tokens(plain_opt, ours, GREEDY, prompts, stop_strings=stops, tokenizer=tokenizer, max_new_tokens=8)
+    assert torch.equal(got[:, 9:], free)
+
+
 def test_custom_generate(plain_opt: Any, ours: Any, prompts: dict[str, Any]) -> None:
     def every_other(model: Any, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
         """Takes the second best token, from a forward over everything."""
@@ -455,7 +469,9 @@ def test_forward_returns_what_transformers_returns(
         same_values(dict(plain_opt_eager(**prompts, **settings)), dict(ours_eager(**prompts, **settings)))
         as_tuple = ours_eager(**prompts, use_cache=use_cache, return_dict=False)
         same_values(plain_opt_eager(**prompts, use_cache=use_cache, return_dict=False), as_tuple)
-        same_values(plain_opt_eager(**prompts, logits_to_keep=2).logits, ours_eager(**prompts, logits_to_keep=2).logits)
+        for keep in (2, torch.tensor([8, 0, 3, 3, 1, 2, 7])):  # as many as there are rows
+            want, got = (model(**prompts, logits_to_keep=keep).logits for model in (plain_opt_eager, ours_eager))
+            same_values(want, got)
 
 
 def test_the_loss_is_that_of_all_rows_together(plain_opt: Any, ours: Any) -> None:

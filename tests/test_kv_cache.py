@@ -286,6 +286,8 @@ def test_any_sequence_of_operations(tmp_path_factory, operations, homes, space, 
     folder = tmp_path_factory.mktemp("offload", numbered=True)
     with contextlib.closing(Pair(folder, homes, rows=4, batch_size=batch_size, space=space)) as pair:
         for name, value in operations:
+            if name in ("reorder", "select", "repeat") and pair.theirs.get_seq_length() == 0:
+                continue  # a DynamicCache of no tokens leaves these out but still expects the old number of rows
             if name in ("reorder", "select"):
                 count = pair.rows if name == "reorder" else value.randint(1, pair.rows)
                 getattr(pair, name)([value.randrange(pair.rows) for _ in range(count)])

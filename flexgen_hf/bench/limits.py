@@ -67,7 +67,7 @@ class ControlGroup:
     def __init__(self, limits: Limits, folders: Iterable[Path] = ()) -> None:
         if (reason := why_not_permitted()) is not None:
             raise CapacityError(f"limits cannot be set: {reason}; run as root, or leave the limits out")
-        name = f"flexgen-bench-{uuid.uuid4().hex[:8]}"
+        name = f"flexgen-bench-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._memory, self._blkio = _CGROUPS / "memory" / name, _CGROUPS / "blkio" / name
         self._limits = limits
         self._disks = sorted({_disk_of(folder) for folder in folders})

@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import greenlet
@@ -23,6 +23,7 @@ from .architectures import Structure
 from .errors import UnsupportedModelError
 from .hidden_states import HiddenStates
 from .kv_cache import BlockCache
+from .parameters import ParameterTable, linear
 from .planning.placement import assign
 from .planning.schedule import Lane, Route, Step, StepId, Traffic, What, prefetch, zigzag
 from .policy import Policy, Tier
@@ -31,7 +32,7 @@ from .storage.lanes import Lanes, LaneUse, Ticket
 from .storage.workspace import Workspace
 from .weights.store import WeightStore
 
-__all__ = ["Executor", "merge"]
+__all__ = ["Executor"]
 
 _TRANSFER_LANES = tuple(lane.value for lane in Lane if lane is not Lane.COMPUTE)
 
@@ -92,7 +93,7 @@ class Executor:
         self._uses: dict[str, LaneUse] = {}
         self._embedding_dtype: torch.dtype | None = None
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
-        self._parameters = _ParameterTable(model)
+        self._parameters = ParameterTable(model)
         self._parameters.install_resident(weights, model, space.device)
         self._patch()
 
@@ -347,7 +348,7 @@ class Executor:
         head = head.get_output_embeddings()
         inputs = [c.head_input for c in waiting if c.head_input is not None]
         if inputs and len(inputs) == len(waiting) and type(head) is nn.Linear:
-            logits = _linear(torch.cat(inputs), head.weight, head.bias)
+            logits = linear(torch.cat(inputs), head.weight, head.bias)
             for coroutine, part in zip(waiting, torch.split(logits, [x.shape[0] for x in inputs]), strict=True):
                 coroutine.head_output = part
         for coroutine in waiting:
@@ -483,99 +484,6 @@ _VERBS = {
 }
 
 
-class _ParameterTable:
-    """Where each tensor of the model is held: the dictionaries of its modules.
-
-    Tensors are put straight into `module._parameters`: no new Parameter, no functional call. When they are taken out,
-    the model's own `meta` parameters are back, so counting parameters stays truthful.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        self._placeholders: dict[str, Any] = {}
-        names: dict[int, str] = {}
-        for prefix, module in model.named_modules():
-            for store, skip in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set)):
-                for key, value in store.items():
-                    if value is None or key in skip:
-                        continue
-                    name = names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
-                    self._places.setdefault(name, []).append((store, key))
-                    self._places[f"{prefix}.{key}" if prefix else key] = self._places[name]
-                    self._placeholders[name] = self._placeholders[f"{prefix}.{key}" if prefix else key] = value
-        self._installed: dict[int, list[str]] = {}
-        self._resident: list[str] = []
-
-    def install_resident(self, weights: WeightStore, model: nn.Module, device: torch.device) -> None:
-        for module in model.modules():  # rotary tables and the like: computed, in no checkpoint
-            for key in module._non_persistent_buffers_set:
-                buffer = module._buffers.get(key)
-                if buffer is not None:
-                    module._buffers[key] = buffer.to(device)
-        for name, value in weights.resident():
-            is_parameter = isinstance(self._placeholders[name], nn.Parameter)
-            self._put(name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-            self._resident.append(name)
-
-    def install(self, stage: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if stage in self._installed:
-            return
-        self._installed[stage] = []
-        for name, value in tensors:
-            self._put(name, value)
-            self._installed[stage].append(name)
-
-    def uninstall(self, stage: int) -> None:
-        for name in self._installed.pop(stage, ()):
-            self._put(name, self._placeholders[name])
-
-    def clear(self, resident: bool = False) -> None:
-        for stage in list(self._installed):
-            self.uninstall(stage)
-        if resident:
-            for name in self._resident:
-                self._put(name, self._placeholders[name])
-            self._resident = []
-
-    def dtype_of(self, module: nn.Module) -> torch.dtype | None:
-        """The dtype in which the model was built to hold `module.weight`; None if it has no weight."""
-        for name, places in self._places.items():
-            if any(store is module._parameters and key == "weight" for store, key in places):
-                return self._placeholders[name].dtype  # type: ignore[no-any-return]
-        return None
-
-    def check_complete(self, modules: list[nn.Module], where: str) -> None:
-        for module in modules:
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if tensor.device.type == "meta":
-                    raise RuntimeError(f"{where}: {name} has no weights when it is about to run")
-
-    def _put(self, name: str, value: Any) -> None:
-        for store, key in self._places[name]:
-            store[key] = value
-
-
-# Rows of a table that are cast at a time: few enough to stay in cache, enough for an efficient product.
-_CAST_ROWS = 4096
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear` for a weight kept in another dtype, which is cast piece by piece.
-
-    Args:
-        x: (..., in_features) in the dtype of compute.
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-    """
-    if weight.dtype == x.dtype:
-        return nn.functional.linear(x, weight, bias)
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    for start in range(0, weight.shape[0], _CAST_ROWS):
-        rows = slice(start, start + _CAST_ROWS)
-        out[..., rows] = nn.functional.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows])
-    return out
-
-
 @contextlib.contextmanager
 def _closed_on_error(cache: BlockCache | None) -> Iterator[None]:
     """Whoever handles the error may keep the cache alive; what it holds is of no use and should not take room."""
@@ -612,20 +520,3 @@ def _peak_rss_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def merge(outputs: list[Any], cache: Any) -> Any:
-    """Joins what the micro-batches returned, field by field, along the first axis."""
-    from transformers.cache_utils import Cache
-    from transformers.utils.generic import ModelOutput
-
-    first = outputs[0]
-    if isinstance(first, Cache):
-        return cache
-    if isinstance(first, ModelOutput):
-        return type(first)(**{key: merge([o[key] for o in outputs], cache) for key in first})
-    if isinstance(first, torch.Tensor):
-        return torch.cat(outputs) if first.ndim else torch.stack(outputs).mean()
-    if isinstance(first, (tuple, list)):
-        return type(first)(merge(list(values), cache) for values in zip(*outputs, strict=True))
-    return first

@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.generic import ModelOutput
 
+from .cells import CacheSpace
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
-from .executor import Executor, merge
-from .kv_cache import BlockCache, CacheSpace, spans_of
+from .executor import Executor
+from .kv_cache import BlockCache, spans_of
 from .planning.placement import assign
 from .policy import Compression, Policy
 from .report import RunReport
@@ -345,7 +347,7 @@ class FlexGenForCausalLM:
         keep = bool(given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
         with torch.no_grad():
             outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
-            output = merge(outputs, cache)
+            output = _merge(outputs, cache)
             if given.get("labels") is not None and len(outputs) > 1:
                 output["loss"] = self._loss(outputs, output, given)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
@@ -465,3 +467,17 @@ def _cache_geometry(config: Any) -> tuple[int, int] | None:
     if not isinstance(heads, int) or not isinstance(width, int) or getattr(text, "kv_lora_rank", None):
         return None
     return heads, width
+
+
+def _merge(outputs: list[Any], cache: Any) -> Any:
+    """Joins what the micro-batches returned, field by field, along the first axis."""
+    first = outputs[0]
+    if isinstance(first, Cache):
+        return cache
+    if isinstance(first, ModelOutput):
+        return type(first)(**{key: _merge([o[key] for o in outputs], cache) for key in first})
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs) if first.ndim else torch.stack(outputs).mean()
+    if isinstance(first, (tuple, list)):
+        return type(first)(_merge(list(values), cache) for values in zip(*outputs, strict=True))
+    return first

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from flexgen_hf import CapacityError, FlexGenError, Tier, UnsupportedModelError
-from flexgen_hf.kv_cache import BlockCache, CacheSpace, Cell, spans_of
+from flexgen_hf.cells import CacheSpace, Cell
+from flexgen_hf.kv_cache import BlockCache, spans_of
 from flexgen_hf.planning.schedule import Rings
 from flexgen_hf.storage.ledger import Ledger
 from flexgen_hf.storage.workspace import Workspace

@@ -27,7 +27,7 @@ from .parameters import ParameterTable, linear
 from .planning.placement import assign
 from .planning.schedule import Lane, Route, Step, StepId, Traffic, What, prefetch, zigzag
 from .policy import Policy, Tier
-from .report import RunReport, SweepRecord
+from .report import RunReport, SweepRecord, peak_rss_bytes
 from .storage.lanes import Lanes, LaneUse, Ticket
 from .storage.workspace import Workspace
 from .weights.store import WeightStore
@@ -139,7 +139,7 @@ class Executor:
         self._drop_hidden()
         self.last_run.elapsed_s = time.perf_counter() - self._started
         self.last_run.peak_bytes = self.space.ledger.peaks()
-        self.last_run.peak_rss_bytes = _peak_rss_bytes()
+        self.last_run.peak_rss_bytes = peak_rss_bytes()
         self.last_run.notes += self.weights.notes
 
     def _abort(self) -> None:
@@ -511,12 +511,3 @@ def _end(coroutines: list[_Row]) -> None:
     for coroutine in coroutines:
         if not coroutine.dead and bool(coroutine):
             coroutine.throw(greenlet.GreenletExit)
-
-
-def _peak_rss_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .policy import Policy, Tier
 from .storage.lanes import LaneUse
 from .storage.ledger import gib
 
-__all__ = ["RunReport", "SweepRecord"]
+__all__ = ["RunReport", "SweepRecord", "peak_rss_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,3 +156,17 @@ class RunReport:
         peaks = ", ".join(f"{tier} {gib(size)}" for tier, size in self.peak_bytes.items())
         lines.append(f"peak        {peaks}; process {gib(self.peak_rss_bytes)}")
         return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever had resident; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():  # better than getrusage, whose peak begins with that of the process that started this one
+        lines = status.read_text().splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,9 +11,9 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from ..report import peak_rss_bytes
 from .systems import DeviceSpec, Job, load
 from .workload import Workload
 
@@ -72,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
         "decode_s": at[-1] - at[0],
         "token_s": [b - a for a, b in zip([0.0, *at], at, strict=False)],
         "tokens_per_s": job.workload.tokens / at[-1],
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
         "tokens_sha256": hashlib.sha256(b"".join(rows)).hexdigest(),
         "row_sha256": [hashlib.sha256(row).hexdigest()[:12] for row in rows],
         "report": report,
@@ -116,13 +116,6 @@ def _since(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[
     if before is None or after is None:
         return None
     return {name: value if name == "peak_bytes" else value - before[name] for name, value in after.items()}
-
-
-def _peak_rss_bytes() -> int:
-    # not getrusage: its peak begins with that of the process that started this one
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def main() -> None:

@@ -3,45 +3,88 @@
 A `Cell` is a transformers cache layer. It is allocated once for the longest sequence it will see and appended in place;
 only new keys and values move home. Its tokens lie one after the other, `(tokens, batch, heads, head_dim)`, so that what
 a step adds is contiguous in memory and in the file.
+
+A cell on disk lies in its slot as it lies in its file: keys and values each begin on a page, and the slot holds all
+from the first loaded token's page on. So whole pages can be moved, past the page cache, though a token's keys may end
+anywhere: what is before a new token in its page is in the slot, what is behind it is not in use yet.
+
+With `Compression(cache=16)` a cell is kept in fewer bits than compute uses. It is then cast on the way to a slot, also
+where no link is to be crossed, and what a step adds is cast on the way back: the step itself still sees it in full
+precision, later ones see what was kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import weakref
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .errors import UnsupportedModelError
 from .planning.schedule import Route
-from .policy import Tier
-from .storage.buffers import Buffer, round_up, tensor_view
+from .policy import Compression, Tier
+from .storage.buffers import PAGE, Buffer, round_up, tensor_view
 from .storage.files import SpillFile
 from .storage.workspace import Workspace
 
-__all__ = ["CacheSpace", "Cell"]
+__all__ = ["CacheSpace", "Cell", "SlotBytes", "exchange"]
 
 # First and last token of an update, the last excluded.
 _Tokens = tuple[int, int]
 
+# What is done to cells outside of sweeps goes through memory in blocks of tokens of about this size.
+_BLOCK_BYTES = 2 << 20
+
+
+class SlotBytes(NamedTuple):
+    """Bytes of the reused buffers that a cell passes through.
+
+    Args:
+        staging: on the host, as the cell is kept.
+        working: where compute is, in its dtype; 0 if compute uses the staging buffer itself.
+        attended: on the host of an accelerator, where a cell that is attended there is cast to.
+    """
+
+    staging: int = 0
+    working: int = 0
+    attended: int = 0
+
 
 class CacheSpace:
-    """What the cells of one block share: the spill file, and the reused slots that those pass through which move.
+    """What the cells of one block share: the spill file, and the reused buffers that those pass through which move.
 
     Args:
         space: where the model computes and keeps its bytes.
         host_attention: cells that live on the host are attended to there.
+        compression: with `cache=16`, cells are kept in 16 bit if compute uses more.
+        dtype: of compute.
     """
 
-    def __init__(self, space: Workspace, host_attention: bool = False) -> None:
+    def __init__(
+        self,
+        space: Workspace,
+        host_attention: bool = False,
+        compression: Compression | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._space = space
         self.direct = space.is_direct
         self.host_attention = host_attention and not space.is_direct
+        #: cells are not kept as compute uses them, so all of them pass through slots
+        self.casts = compression is not None and compression.cache == 16 and dtype.itemsize > 2
         slots = range(space.rings.cache)
-        self._staging = [Buffer(space.ledger, Tier.HOST, space.device, "cache slots") for _ in slots]
+        self._staging = [space.staging("cache slots") for _ in slots]
         self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "cache slots") for _ in slots]
+        self._attended = Buffer(space.ledger, Tier.HOST, space.device, "cache slots")
+        self._scratch = {
+            tier: Buffer(space.ledger, tier, space.device, "cache scratch") for tier in (Tier.DEVICE, Tier.HOST)
+        }
+        self._bounce = Buffer(space.ledger, Tier.HOST, space.device, "cache scratch")
         self._spill: SpillFile | None = None
         self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 
@@ -57,33 +100,75 @@ class CacheSpace:
             self._spill = SpillFile(self._space.folder, self._space.ledger, "the KV cache")
         return self._spill
 
+    @property
+    def notes(self) -> list[str]:
+        """What is done differently from what one would expect."""
+        return [] if self._spill is None else self._spill.notes
+
+    def home_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which keys and values of `dtype` are kept."""
+        return torch.float16 if self.casts and dtype.itemsize > 2 else dtype
+
     def buffer(self, tier: Tier) -> Buffer:
         """A new home for a cell."""
         made = Buffer(self._space.ledger, tier, self._space.device, "KV cache")
         self._buffers.add(made)
         return made
 
-    def staging(self, slot: int) -> Buffer:
-        """The host buffer that a cell on disk passes through."""
-        return self._staging[slot]
+    def staging(self, slot: int) -> torch.Tensor:
+        """The host memory that a cell on disk passes through."""
+        return self._staging[slot].bytes
 
-    def working(self, slot: int) -> Buffer:
-        """The buffer that compute sees."""
-        return self._staging[slot] if self.direct else self._device_slots[slot]
+    def working(self, slot: int) -> torch.Tensor:
+        """The memory that compute sees."""
+        return (self._staging if self.direct and not self.casts else self._device_slots)[slot].bytes
 
-    def ensure_slot(self, slot: int, nbytes: int) -> None:
+    def attended(self, nbytes: int) -> torch.Tensor:
+        """Host memory for a cell that is cast and attended there, one after the other; what was in it may be lost."""
+        return self._attended.ensure(nbytes)
+
+    def scratch(self, tier: Tier, nbytes: int) -> torch.Tensor:
+        """Memory of a tier for what is done outside of lanes; what was in it may be lost."""
+        return self._scratch[tier].ensure(nbytes)
+
+    def bounce(self, nbytes: int) -> torch.Tensor:
+        """Host memory that cells on disk pass through outside of lanes; what was in it is lost if it grows."""
+        return self._bounce.ensure(nbytes)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """As `Workspace.copy`."""
+        self._space.copy(target, source)
+
+    def finish_copies(self) -> None:
+        """Waits until what this thread has copied is there."""
+        self._space.finish_copies()
+
+    def ensure_slot(self, slot: int, needs: SlotBytes) -> None:
         """Grows a slot; what was in it is lost if it grows, and no lane may be using it."""
-        self._staging[slot].ensure(nbytes)
-        if not self.direct:
-            self._device_slots[slot].ensure(nbytes)
+        if needs.staging:
+            self._staging[slot].ensure(needs.staging)
+        if needs.working:
+            self._device_slots[slot].ensure(needs.working)
 
-    def slots_hold(self, nbytes: int) -> bool:
-        """Whether every slot has at least `nbytes`."""
-        return all(buffer.nbytes >= nbytes for buffer in self._staging)
+    def ensure(self, needs: SlotBytes) -> None:
+        """Grows all buffers that cells pass through; no lane may be using them."""
+        for slot in range(self.num_slots):
+            self.ensure_slot(slot, needs)
+        if needs.attended:
+            self.attended(needs.attended)
+
+    def holds(self, needs: SlotBytes) -> bool:
+        """Whether every buffer has the bytes that are needed."""
+        return (
+            all(buffer.nbytes >= needs.staging for buffer in self._staging)
+            and all(buffer.nbytes >= needs.working for buffer in self._device_slots)
+            and self._attended.nbytes >= needs.attended
+        )
 
     def close(self) -> None:
         """Gives everything back, the file too."""
-        for buffer in (*self._staging, *self._device_slots, *self._buffers):
+        reused = (*self._staging, *self._device_slots, *self._scratch.values(), self._attended, self._bounce)
+        for buffer in (*reused, *self._buffers):
             buffer.free()
         if self._spill is not None:
             self._spill.close()
@@ -97,6 +182,11 @@ class _Shape:
     key: tuple[int, int]  # heads, head_dim
     value: tuple[int, int]
     dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    def in_compute(self) -> _Shape:
+        """The same in the dtype of compute."""
+        return dataclasses.replace(self, dtype=self.compute_dtype)
 
     @property
     def key_bytes(self) -> int:
@@ -111,6 +201,10 @@ class _Shape:
         key = tensor_view(memory, 0, self.dtype, (capacity, self.batch, *self.key))
         value = tensor_view(memory, self.value_start(capacity), self.dtype, (capacity, self.batch, *self.value))
         return key, value
+
+    def parts(self, capacity: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of keys and of values: where they begin, and the bytes of one token."""
+        return (0, self.key_bytes), (self.value_start(capacity), self.value_bytes)
 
     def value_start(self, capacity: int) -> int:
         return round_up(capacity * self.key_bytes)
@@ -142,7 +236,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._memory: Buffer | None = None
         self._offset = 0
         self._slot = -1
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # the prompt's, on their way to the host
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # the prompt's, on their way home
         self._added: _Tokens = (0, 0)
 
     # ---------------------------------------------------------------------------------------- what transformers calls
@@ -160,9 +254,13 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             self.lazy_initialization(key_states, value_states)
         first, old, new = self._first, self.length, self.length + key_states.shape[2]
         self._grow(new)
-        if self._stays and old == 0:  # attended on the device, where they are; `pull` brings them home meanwhile
+        if old == 0 and (self._stays or self._space.casts):  # attended as they are; `pull` brings them home meanwhile
+            self._claim_slot()
             self.length, self._added, self._new = new, (old, new), (key_states, value_states)
             return key_states, value_states
+        if self._stays and self._space.casts:
+            self.length, self._added = new, (old, new)
+            return self._cast_for_host((key_states, value_states), first, old)
         keys, values = self._working()
         keys[old:new].copy_(key_states.permute(2, 0, 1, 3))
         values[old:new].copy_(value_states.permute(2, 0, 1, 3))
@@ -209,19 +307,19 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # read-only: written by update
         """A copy of all keys, (batch, heads, tokens, head_dim), or None before the first update."""
-        return None if self._shape is None else self.get()[0].permute(1, 2, 0, 3)
+        return None if self._shape is None else self.get()[0].permute(1, 2, 0, 3).to(self._shape.compute_dtype)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """A copy of all values, (batch, heads, tokens, head_dim), or None before the first update."""
-        return None if self._shape is None else self.get()[1].permute(1, 2, 0, 3)
+        return None if self._shape is None else self.get()[1].permute(1, 2, 0, 3).to(self._shape.compute_dtype)
 
     # ------------------------------------------------------------------------------------------ what the executor calls
     @property
     def route(self) -> Route:
         """The links that this cell crosses on its way to compute and back."""
         disk = self.home is Tier.DISK
-        moved = not self._space.direct and self.home is not Tier.DEVICE
+        moved = self._space.casts or (not self._space.direct and self.home is not Tier.DEVICE)
         return Route(read=disk, push=moved and not self._stays, pull=moved, write=disk)
 
     @property
@@ -236,68 +334,72 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def read(self, slot: int) -> int:
         """Disk to host: the tokens that attention sees into the slot's staging buffer; returns the bytes."""
         shape, first, moved = self._known(), self._first, 0
-        memory = self._space.staging(slot).bytes
-        for base, size in ((0, shape.key_bytes), (shape.value_start(self._capacity), shape.value_bytes)):
-            part = memory[base + first * size : base + self.length * size]
-            moved += self._space.spill.read(self._offset + base + first * size, part)
+        memory = self._space.staging(slot)
+        for start, size in shape.parts(self._capacity):
+            at = start + first * size  # of no tokens, their page is brought nevertheless: `write` needs it
+            moved += self._space.spill.read_run(self._offset + at, memory, at, (self.length - first) * size)
         return moved
 
     def write(self, slot: int) -> int:
         """Host to disk: the tokens of the last update; returns the bytes."""
-        shape, (old, new) = self._known(), self._added
-        memory, start, moved = self._space.staging(slot).bytes, shape.value_start(self._capacity), 0
-        for base, size in ((0, shape.key_bytes), (start, shape.value_bytes)):
-            part = memory[base + old * size : base + new * size]
-            moved += self._space.spill.write(self._offset + base + old * size, part)
+        shape, (old, new), moved = self._known(), self._added, 0
+        memory = self._space.staging(slot)
+        for start, size in shape.parts(self._capacity):
+            at = start + old * size
+            moved += self._space.spill.write_run(self._offset + at, memory, at, (new - old) * size)
         return moved
 
     def push(self, slot: int) -> int:
-        """Host to device: the tokens that attention sees into the slot; returns the bytes."""
-        home = self._home_memory() if self.home is Tier.HOST else self._space.staging(slot).bytes
-        return self._copy(home, self._space.working(slot).bytes, (self._first, self.length))
+        """Home, or host, to the slot that compute sees: the tokens that attention sees; returns the bytes."""
+        shape = self._known()
+        working = shape.in_compute().views(self._space.working(slot), self._capacity)
+        return self._copy(self._kept(slot), working, (self._first, self.length))
 
     def pull(self, slot: int) -> int:
-        """Device to host: the tokens of the last update; returns the bytes."""
-        if self._stays:
-            return self._bring_home()
-        home = self._home_memory() if self.home is Tier.HOST else self._space.staging(slot).bytes
-        return self._copy(self._space.working(slot).bytes, home, self._added)
-
-    def _bring_home(self) -> int:
-        """The prompt's tokens of a cell that stays on the host; later ones `update` brings, attention needs them."""
-        shape, (old, new) = self._known(), self._added
+        """The tokens of the last update to their home, or to the host on their way to disk; returns the bytes."""
         if self._new is not None:
-            home = shape.views(self._home_memory(), self._capacity)
-            for kept, given in zip(home, self._new, strict=True):
-                kept[old:new].copy_(given.permute(2, 0, 1, 3))
+            new = self._new[0].permute(2, 0, 1, 3), self._new[1].permute(2, 0, 1, 3)
+            moved = self._copy(new, self._kept(slot), self._added)
+            self._space.finish_copies()  # before their memory is given to others
             self._new = None
-        return (new - old) * (shape.key_bytes + shape.value_bytes)
+            return moved
+        if self._stays:  # `update` brought them, attention needs them there
+            return self._bytes_of(self._added)
+        working = self._known().in_compute().views(self._space.working(slot), self._capacity)
+        return self._copy(working, self._kept(slot), self._added)
 
     def allocate(self, batch: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> None:
-        """Takes the home's memory for `capacity` tokens; `key` and `value` are (heads, head_dim).
+        """Takes the home's memory for `capacity` tokens.
+
+        Args:
+            batch: rows.
+            key: heads and head_dim of keys.
+            value: heads and head_dim of values.
+            dtype: of compute.
 
         Raises:
             CapacityError: the tier or the disk is full.
         """
-        self._shape = _Shape(batch, key, value, dtype)
-        nbytes = self._shape.nbytes(self._capacity)
+        shape = _Shape(batch, key, value, self._space.home_dtype(dtype), dtype)
+        nbytes = shape.nbytes(self._capacity)
         if self.home is Tier.DISK:
             self._offset = self._space.spill.reserve(nbytes)
         else:
             self._memory = self._space.buffer(self.home)
             self._memory.ensure(nbytes)
-        self.is_initialized = True
+        self._shape, self.is_initialized = shape, True
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of keys and values, each (tokens, batch, heads, head_dim). No lane may be busy."""
+        """Copies of keys and values as they are kept, each (tokens, batch, heads, head_dim). No lane may be busy."""
         shape = self._known()
         if self.home is not Tier.DISK:
             keys, values = shape.views(self._home_memory(), self._capacity)
             return keys[: self.length].clone(), values[: self.length].clone()
         keys = torch.empty((self.length, shape.batch, *shape.key), dtype=shape.dtype)
         values = torch.empty((self.length, shape.batch, *shape.value), dtype=shape.dtype)
-        self._space.spill.read(self._offset, _bytes(keys))
-        self._space.spill.read(self._offset + shape.value_start(self._capacity), _bytes(values))
+        for part, wanted in enumerate((keys, values)):
+            for old, new in self._blocks(part):
+                wanted[old:new].copy_(self.block(part, (old, new)))
         return keys, values
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -306,19 +408,49 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         if keys.shape[1] != shape.batch or length > self._capacity:
             self.discard()
             self._capacity = max(self._capacity, length)
-            self.allocate(keys.shape[1], shape.key, shape.value, shape.dtype)
+            self.allocate(keys.shape[1], shape.key, shape.value, shape.compute_dtype)
             shape = self._known()
         self.length = length
-        if self.home is Tier.DISK:
-            self._space.spill.write(self._offset, _bytes(keys))
-            self._space.spill.write(self._offset + shape.value_start(self._capacity), _bytes(values))
+        for part, given in enumerate((keys, values)):
+            for old, new in self._blocks(part):
+                self.block(part, (old, new), load=False).copy_(given[old:new])
+                self.store_block(part, (old, new))
+        self._space.finish_copies()
+
+    def block(self, part: int, tokens: _Tokens, load: bool = True) -> torch.Tensor:
+        """Some tokens' keys (part 0) or values (part 1), (tokens, batch, heads, head_dim), where they are kept.
+
+        Those of a cell on disk are in a buffer that the next call reuses. No lane may be busy.
+
+        Args:
+            part: 0 for keys, 1 for values.
+            tokens: first and last one, excluded; on disk the first begins on a page.
+            load: whether they are wanted, or only the place for others, which `store_block` brings home.
+        """
+        shape, (old, new) = self._known(), tokens
+        if self.home is not Tier.DISK:
+            return shape.views(self._home_memory(), self._capacity)[part][old:new]
+        start, size = shape.parts(self._capacity)[part]
+        memory = self._space.bounce((new - old) * size)
+        if load:
+            self._space.spill.read_run(self._offset + start + old * size, memory, 0, (new - old) * size)
+        return tensor_view(memory, 0, shape.dtype, (new - old, shape.batch, *(shape.key, shape.value)[part]))
+
+    def store_block(self, part: int, tokens: _Tokens) -> None:
+        """Brings home what was put in the place that `block` returned for the same tokens. No lane may be busy."""
+        if self.home is not Tier.DISK:
             return
-        for home, given in zip(shape.views(self._home_memory(), self._capacity), (keys, values), strict=True):
-            home[:length].copy_(given)
+        (start, size), (old, new) = self._known().parts(self._capacity)[part], tokens
+        nbytes = (new - old) * size
+        self._space.spill.write_run(self._offset + start + old * size, self._space.bounce(nbytes), 0, nbytes)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the rows `rows` (a 1-d index, with repetitions if wanted). No lane may be busy."""
         if self._shape is None or self.length == 0:
+            return
+        if rows.numel() == self._shape.batch:
+            if not torch.equal(rows.cpu(), torch.arange(rows.numel())):
+                exchange([self], [rows])
             return
         keys, values = self.get()
         index = rows.to(keys.device)
@@ -336,14 +468,15 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         shape = self._shape
         self.discard()
         self._capacity = capacity
-        self.allocate(shape.batch, shape.key, shape.value, shape.dtype)
+        self.allocate(shape.batch, shape.key, shape.value, shape.compute_dtype)
         self.put(keys, values)
 
     def discard(self) -> None:
         """Gives back the home's memory and forgets everything. No lane may be busy."""
         if self._memory is not None:
             self._memory.free()
-        # A region of the spill file that is given up stays in the file until the cache is closed.
+        if self._shape is not None and self.home is Tier.DISK:
+            self._space.spill.release(self._offset, self.nbytes)
         self._memory, self._shape, self.is_initialized, self.length = None, None, False, 0
 
     # ---------------------------------------------------------------------------------------------------------- inside
@@ -361,10 +494,16 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         assert self._memory is not None
         return self._memory.bytes
 
+    def _kept(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at home, or of a cell on disk in the slot's staging buffer."""
+        memory = self._space.staging(slot) if self.home is Tier.DISK else self._home_memory()
+        return self._known().views(memory, self._capacity)
+
     def _fits(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         if self._shape is None:
             return False
-        given = _Shape(keys.shape[0], (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]), keys.dtype)
+        heads = (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
+        given = _Shape(keys.shape[0], *heads, self._space.home_dtype(keys.dtype), keys.dtype)
         if given != self._shape and self.length:
             raise UnsupportedModelError(f"keys and values changed from {self._shape} to {given} within one sequence")
         return given == self._shape
@@ -380,25 +519,41 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             shape = self._known()
             self.reserve(max(length, self._capacity * 3 // 2))
             if self._shape is None or not self.is_initialized:
-                self.allocate(shape.batch, shape.key, shape.value, shape.dtype)
+                self.allocate(shape.batch, shape.key, shape.value, shape.compute_dtype)
 
     def _refill(self) -> None:
         """Loads the slot again after the layout changed under it."""
-        self._working()
+        self._claim_slot()
         if self.route.read:
             self.read(self._slot)
         if self.route.push:
             self.push(self._slot)
+
+    def _claim_slot(self) -> None:
+        """Makes sure that the cell is in a slot, as large as it must be."""
+        if self._slot < 0:
+            raise UnsupportedModelError("a layer used the cache of another layer, which is not loaded at that time")
+        self._space.ensure_slot(self._slot, self.slot_bytes)
 
     def _working(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as compute sees them, each (capacity, batch, heads, head_dim)."""
         shape = self._known()
         if self._stays or not self.route.moves:
             return shape.views(self._home_memory(), self._capacity)
-        if self._slot < 0:
-            raise UnsupportedModelError("a layer used the cache of another layer, which is not loaded at that time")
-        self._space.ensure_slot(self._slot, shape.nbytes(self._capacity))
-        return shape.views(self._space.working(self._slot).bytes, self._capacity)
+        self._claim_slot()
+        return shape.in_compute().views(self._space.working(self._slot), self._capacity)
+
+    def _cast_for_host(self, states: tuple[torch.Tensor, torch.Tensor], first: int, old: int) -> tuple[Any, Any]:
+        """New tokens to their home, and everything from `first` on as attention on the host needs it."""
+        shape, seen = self._known(), self._known().in_compute()
+        memory = self._space.attended(seen.nbytes(self._capacity))
+        wanted = seen.views(memory, self.length - first)
+        kept = shape.views(self._home_memory(), self._capacity)
+        for given, home, there in zip(states, kept, wanted, strict=True):
+            there[: old - first].copy_(home[first:old])
+            there[old - first :].copy_(given.permute(2, 0, 1, 3))
+            home[old : self.length].copy_(there[old - first :])
+        return wanted[0].permute(1, 2, 0, 3), wanted[1].permute(1, 2, 0, 3)
 
     @property
     def nbytes(self) -> int:
@@ -406,17 +561,75 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         return self._shape.nbytes(self._capacity) if self._shape is not None else 0
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot that this cell passes through; 0 if it is used where it lives."""
-        return self.nbytes if self.route.moves else 0
+    def slot_bytes(self) -> SlotBytes:
+        """Bytes of the buffers that this cell passes through; none if it is used where it lives."""
+        if self._shape is None or not self.route.moves:
+            return SlotBytes()
+        seen = self._shape.in_compute().nbytes(self._capacity)
+        if self._stays:
+            return SlotBytes(attended=seen if self._space.casts else 0)
+        staging = self.nbytes if self.home is Tier.DISK else 0
+        return SlotBytes(staging=staging, working=seen if self.route.push else 0)
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, tokens: _Tokens) -> int:
-        shape, (old, new) = self._known(), tokens
-        for given, wanted in zip(shape.views(source, self._capacity), shape.views(target, self._capacity), strict=True):
-            wanted[old:new].copy_(given[old:new])
-        return (new - old) * (shape.key_bytes + shape.value_bytes)
+    def _blocks(self, part: int) -> Iterator[_Tokens]:
+        return _blocks(self.length, [self._known().parts(0)[part][1]], self.home is Tier.DISK)
+
+    def _bytes_of(self, tokens: _Tokens) -> int:
+        shape = self._known()
+        return (tokens[1] - tokens[0]) * (shape.key_bytes + shape.value_bytes)
+
+    def _copy(self, source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], tokens: _Tokens) -> int:
+        """Copies keys and values of some tokens; returns the bytes that they have where they are kept."""
+        for given, wanted in zip(source, target, strict=True):
+            # What torch casts between devices goes through memory of its own: only a block at a time.
+            size = wanted[0].numel() * wanted.element_size()
+            step = max(1, _BLOCK_BYTES // size) if self._space.casts else tokens[1]
+            for old in range(*tokens, max(1, step)):
+                new = min(old + step, tokens[1])
+                self._space.copy(wanted[old:new], given[old:new])
+        return self._bytes_of(tokens)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, on the host, as a 1-d uint8 tensor."""
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8)
+def exchange(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
+    """Row i of a cell becomes what row `rows[k][i]` of all cells, one behind the other, was; no lane may be busy.
+
+    In place and in blocks of tokens, through a few MB of reused memory. The cells belong to one layer and hold equally
+    many tokens.
+
+    Args:
+        cells: the cells.
+        rows: for each cell a 1-d index with as many entries as the cell has rows.
+    """
+    space, shapes = cells[0]._space, [cell._known() for cell in cells]
+    ends = list(itertools.accumulate(shape.batch for shape in shapes))
+    tier = Tier.DEVICE if all(cell.home is Tier.DEVICE for cell in cells) else Tier.HOST
+    for part in range(2):
+        sizes = [shape.parts(0)[part][1] for shape in shapes]
+        heads = (shapes[0].key, shapes[0].value)[part]
+        for old, new in _blocks(cells[0].length, sizes, any(cell.home is Tier.DISK for cell in cells)):
+            memory = space.scratch(tier, (new - old) * sum(sizes))
+            pool = tensor_view(memory, 0, shapes[0].dtype, (new - old, ends[-1], *heads))
+            for cell, shape, end in zip(cells, shapes, ends, strict=True):
+                pool[:, end - shape.batch : end].copy_(cell.block(part, (old, new)))
+            for cell, index in zip(cells, rows, strict=True):
+                place, wanted = cell.block(part, (old, new), load=False), index.to(pool.device)
+                if place.device == pool.device:
+                    torch.index_select(pool, 1, wanted, out=place)
+                else:
+                    place.copy_(pool.index_select(1, wanted))
+                cell.store_block(part, (old, new))
+    space.finish_copies()
+
+
+def _blocks(length: int, sizes: Sequence[int], in_pages: bool) -> Iterator[_Tokens]:
+    """Cuts tokens into blocks of a few MB.
+
+    Args:
+        length: how many tokens.
+        sizes: bytes of a token in each of the cells that are gone through together.
+        in_pages: each block is to begin on a page in all of them.
+    """
+    pages = max(PAGE // math.gcd(PAGE, size) for size in sizes) if in_pages else 1  # powers of two: multiples of all
+    step = pages * max(1, _BLOCK_BYTES // (sum(sizes) * pages))
+    for old in range(0, length, step):
+        yield old, min(old + step, length)

@@ -110,6 +110,10 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         typer.Option(help="Element type of compute.", show_default="float32 on a CPU, else the checkpoint's"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    progress: Annotated[
+        bool | None,
+        typer.Option("--progress/--no-progress", help="Show progress on stderr.", show_default="on a terminal"),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Show the policy and what moved, on stderr.")] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write what each lane did when, for ui.perfetto.dev.", dir_okay=False)
@@ -133,6 +137,7 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     _refuse_missing_folder(model)
     tokenizer, loaded = _load(model, loading)
     with loaded:
+        loaded.show_progress = sys.stderr.isatty() if progress is None else progress
         texts = _complete(loaded, tokenizer, prompts, seed, max_new_tokens=max_new_tokens, **sampling)
         if report:
             typer.echo(str(loaded.last_run), err=True)

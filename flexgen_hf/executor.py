@@ -6,8 +6,10 @@ compute steps resume the right one in the right order. Nothing inside the model 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import sys
 import threading
@@ -25,9 +27,9 @@ from .hidden_states import HiddenStates
 from .kv_cache import BlockCache
 from .parameters import ParameterTable, linear
 from .planning.placement import assign
-from .planning.schedule import Lane, Route, Step, StepId, Traffic, What, prefetch, zigzag
+from .planning.schedule import Lane, Route, Schedule, Step, StepId, Traffic, What
 from .policy import Policy, Tier
-from .report import RunReport, SweepRecord, peak_rss_bytes
+from .report import RunReport, peak_rss_bytes
 from .storage.lanes import Lanes, LaneUse, Ticket
 from .storage.workspace import Workspace
 from .weights.store import WeightStore
@@ -35,6 +37,9 @@ from .weights.store import WeightStore
 __all__ = ["Executor"]
 
 _TRANSFER_LANES = tuple(lane.value for lane in Lane if lane is not Lane.COMPUTE)
+
+# Disks need a second request at hand while the first one ends.
+_WORKERS = {Lane.DISK_TO_HOST.value: 2}
 
 
 class _Row(greenlet.greenlet):
@@ -79,11 +84,15 @@ class Executor:
         self.space = space
         #: called in each lane before each step; tests inject delays and errors here
         self.before_step: Callable[[str, Any], None] | None = None
+        #: called as `on_compute(stage, micro-batch)` after each compute step; shows progress
+        self.on_compute: Callable[[int, int], None] | None = None
         self.last_run: RunReport | None = None
         self._lock = threading.RLock()
         self._depth = 0
         self._closed = False
-        self._sweep = 0
+        self._schedule = Schedule(space.rings, overlap=policy.overlap)
+        self._sweep = 0  # the one that runs, or the next one
+        self._loads: collections.Counter[int] = collections.Counter()  # how often each stage's weights were loaded
         self._tickets: dict[StepId, Ticket] = {}
         self._weight_slots: dict[tuple[int, int], int] = {}  # (sweep, stage) -> slot
         self._outer_loaded = False
@@ -126,6 +135,8 @@ class Executor:
     def _open(self) -> None:
         self._uses = {lane.value: LaneUse() for lane in Lane}
         self.space.ledger.reset_peaks()
+        self.weights.casts.clear()
+        self._loads.clear()
         self.last_run = RunReport(policy=self.policy, lanes=self._uses)
         self.last_run.placement["weights"] = self.weights.placement
         self._started = time.perf_counter()
@@ -135,12 +146,24 @@ class Executor:
         if self._lanes is not None:
             self._lanes.close()
             self._lanes = None
+        if self._cache is not None:
+            self.last_run.notes += self._cache.space.notes
+        if self._hidden is not None:
+            self.last_run.notes += self._hidden.notes
         self._cache = None
         self._drop_hidden()
+        self.last_run.upcasts = self._upcasts()
         self.last_run.elapsed_s = time.perf_counter() - self._started
         self.last_run.peak_bytes = self.space.ledger.peaks()
         self.last_run.peak_rss_bytes = peak_rss_bytes()
         self.last_run.notes += self.weights.notes
+
+    def _upcasts(self) -> dict[str, int]:
+        """How many tensors were cast to the dtype of compute in this session, and how often one at most per load."""
+        stages = {tensor.name: tensor.stage for tensor in self.weights.stored}
+        casts = self.weights.casts
+        most = max((-(-count // max(1, self._loads[stages[name]])) for name, count in casts.items()), default=0)
+        return {"tensors": casts.total(), "per_stage_and_sweep": most}
 
     def _abort(self) -> None:
         """Stops the lanes where they are and forgets what was on its way."""
@@ -152,7 +175,8 @@ class Executor:
         self._tickets.clear()
         self._weight_slots.clear()
         self._outer_loaded = False
-        self._sweep += 1
+        self._schedule.restart()
+        self._sweep = self._schedule.sweep
         self._parameters.clear()
         self._drop_hidden()
 
@@ -178,6 +202,7 @@ class Executor:
             self._closed = True
             self._parameters.clear(resident=True)
             self.weights.close()
+            self.space.close()
 
     # --------------------------------------------------------------------------------------------------------- a sweep
     def run(
@@ -206,8 +231,8 @@ class Executor:
                 names the step. The cache is closed then: some of its cells hold more tokens than others.
         """
         with _closed_on_error(cache), self.session() as report:
-            started = time.perf_counter()
             fresh = cache is None or cache.get_seq_length() == 0
+            report.begin_sweep(rows, tokens, fresh)
             if cache is not self._cache:
                 self.settle()  # the last writes of the cache before go to memory that ends with it
                 self._cache = cache
@@ -224,7 +249,7 @@ class Executor:
                 _end(coroutines)
             if cache is not None:
                 report.placement["cache"] = cache.placement()
-            report.sweeps.append(SweepRecord(rows, tokens, time.perf_counter() - started, fresh))
+            report.end_sweep()
             return [coroutine.result for coroutine in coroutines]
 
     def _traffic(self, cache: BlockCache | None, hidden: HiddenStates, fresh: bool) -> Traffic:
@@ -232,7 +257,7 @@ class Executor:
         nothing = tuple(Route() for _ in batches)
         routes = list(self.weights.routes())
         if self._outer_loaded:
-            routes[0] = Route()
+            routes[0] = ()
         layers = [
             tuple(cache.children[k].cells[layer].route for k in batches) if cache is not None else nothing
             for layer in range(len(self.structure.layers))
@@ -248,35 +273,55 @@ class Executor:
     def _execute(
         self, traffic: Traffic, coroutines: list[_Row], cache: BlockCache | None, hidden: HiddenStates, last: bool
     ) -> None:
-        sweep = self._sweep
+        sweep = self._sweep = self._schedule.sweep
+        is_kept = traffic.tied and bool(self.weights.routes()[0])
+        following = None
+        if self.policy.overlap and not last:
+            following = dataclasses.replace(traffic, fresh_cache=False)
+            if is_kept:  # the table that embedding and head share stays in its slot
+                following = dataclasses.replace(following, weights=((), *traffic.weights[1:]))
         work: list[Step] = []
-        for step in zigzag(traffic, sweep, rings=self.space.rings, overlap=self.policy.overlap):
-            if step.id in self._tickets:
-                continue  # loaded ahead by the sweep before
+        for step in self._schedule.steps(traffic, following):
             if step.id.lane is Lane.COMPUTE:
                 self._tickets[step.id] = Ticket(step.id)
                 work.append(step)
             else:
                 self._submit(step, cache, hidden)
-        if traffic.tied and traffic.weights[0].moves:
+        if is_kept and not self._outer_loaded:
             self._outer_loaded = True
             self._weight_slots[-1, 0] = self._weight_slots[sweep, 0]
-        if self.policy.overlap and not last:
-            following = self._traffic(cache, hidden, fresh=False)
-            for step in prefetch(following, sweep + 1, rings=self.space.rings):
-                self._submit(step, cache, hidden)
         for step in work:
             self._compute(step, coroutines, cache)
-        self._sweep += 1
+        self._sweep = self._schedule.sweep
         self._prune()
 
     def _submit(self, step: Step, cache: BlockCache | None, hidden: HiddenStates) -> None:
         if self._lanes is None:
-            self._lanes = Lanes(_TRANSFER_LANES, before_step=self.before_step, uses=self._uses)
+            self._lanes = self._start_lanes()
         if step.id.what is What.WEIGHTS:
             self._weight_slots[step.id.sweep, step.id.stage] = step.slot
+            self._loads[step.id.stage] += step.id.piece == 0 and step.id.lane is Lane.HOST_TO_DEVICE
         work = self._transfer(step, cache, hidden)
+        if self.space.is_asynchronous:
+            work = functools.partial(self._finished, work)
         self._tickets[step.id] = self._lanes.submit(step.id.lane.value, step.id, work, self._awaited(step))
+
+    def _finished(self, work: Callable[[], int]) -> int:
+        moved = work()
+        self.space.finish_copies()
+        return moved
+
+    def _start_lanes(self) -> Lanes:
+        lanes = Lanes(
+            _TRANSFER_LANES,
+            workers=_WORKERS,
+            around=self.space.in_lane,
+            before_step=self.before_step,
+            uses=self._uses,
+        )
+        # Lanes set the number of their own thread to one; torch gives the last number set to threads that come later.
+        torch.set_num_threads(torch.get_num_threads())
+        return lanes
 
     def _awaited(self, step: Step) -> list[Ticket]:
         """The tickets of what a step waits for. What is no longer listed is from a sweep that was waited for."""
@@ -286,10 +331,10 @@ class Executor:
 
     def _transfer(self, step: Step, cache: BlockCache | None, hidden: HiddenStates) -> Callable[[], int]:
         """The function that moves what a step names."""
-        _, lane, what, stage, batch = step.id
+        _, lane, what, stage, batch, piece = step.id
         verb = _VERBS[lane]
         if what is What.WEIGHTS:
-            return functools.partial(getattr(self.weights, verb), stage, step.slot)
+            return functools.partial(getattr(self.weights, verb), stage, piece, step.slot, step.staging)
         if what is What.CACHE:
             assert cache is not None
             return functools.partial(getattr(cache.children[batch].cells[stage - 1], verb), step.slot)
@@ -298,11 +343,10 @@ class Executor:
         return functools.partial(getattr(hidden, verb), batch)
 
     def _compute(self, step: Step, coroutines: list[_Row], cache: BlockCache | None) -> None:
-        _, _, _, stage, batch = step.id
+        stage, batch = step.id.stage, step.id.batch
         for ticket in self._awaited(step):
             ticket.wait()
-        started = time.perf_counter()
-        with _noted(step):
+        with self._uses[Lane.COMPUTE.value].at_work(step.id), _noted(step):
             if self.before_step is not None:
                 self.before_step(Lane.COMPUTE.value, step.id)
             if batch <= 0:
@@ -315,8 +359,9 @@ class Executor:
                 self._resume(coroutines[batch], stage)
             if batch in (-1, len(coroutines) - 1):
                 self._uninstall(stage)
-        self._uses[Lane.COMPUTE.value].add(step.id, started)
         self._tickets[step.id].finish(event=self._event())
+        if self.on_compute is not None:
+            self.on_compute(stage, batch)
 
     def _resume(self, coroutine: _Row, stage: int) -> None:
         """Runs a micro-batch from the stage it is suspended before to the next one."""
@@ -397,7 +442,7 @@ class Executor:
         with self.session():
             self.settle()
             arrived = self._outer_loaded or (self._sweep, 0) in self._weight_slots
-            if self.weights.routes()[0].moves and not arrived:
+            if self.weights.routes()[0] and not arrived:
                 self.weights.fetch_now(0, 0)
                 self._weight_slots[self._sweep, 0] = 0
             self._install(0)

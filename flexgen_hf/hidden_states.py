@@ -7,6 +7,7 @@ that is noticed and refused, never computed with.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +35,18 @@ class HiddenStates:
         self.homes, self._space = list(homes), space
         self._direct = space.is_direct
         slots = range(space.rings.hidden)
-        self._staging = [Buffer(space.ledger, Tier.HOST, space.device, "hidden slots") for _ in slots]
+        self._staging = [space.staging("hidden slots") for _ in slots]
         self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "hidden slots") for _ in slots]
+        # On their way to disk; one more than are pulled ahead, so that writing never has to wait for one.
+        ways = range(1 if self._direct else space.rings.hidden + 1)
+        self._outgoing = [space.staging("hidden slots") for _ in ways]
+        self._free = list(self._outgoing)
+        self._lock = threading.Lock()
         self._spill: SpillFile | None = None
         self._regions: dict[int, tuple[int, int]] = {}  # micro-batch -> offset, bytes in the spill file
         self._parked: dict[int, torch.Tensor] = {}  # as the layer returned it, until it is home
-        self._host: dict[int, torch.Tensor] = {}  # home on the host of an accelerator, or on the way to disk
+        self._host: dict[int, Buffer] = {}  # homes on the host of an accelerator
+        self._pulled: dict[int, Buffer] = {}  # on the way to disk
         self._placeholder: dict[int, torch.Tensor] = {}
         self._shape: dict[int, tuple[torch.dtype, torch.Size]] = {}
         self._slot: dict[int, int] = {}
@@ -50,6 +57,11 @@ class HiddenStates:
         disk = self.homes[batch] is Tier.DISK
         moved = not self._direct and self.homes[batch] is not Tier.DEVICE
         return Route(read=disk, push=moved, pull=moved, write=disk)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is done differently from what one would expect."""
+        return [] if self._spill is None else self._spill.notes
 
     # ------------------------------------------------------------------------------------------- in the model's frame
     def park(self, batch: int, output: Any) -> Any:
@@ -90,58 +102,91 @@ class HiddenStates:
 
     # ------------------------------------------------------------------------------------------------------- in lanes
     def pull(self, batch: int) -> int:
-        """Device to host."""
-        hidden = self._parked.pop(batch)
-        self._host[batch] = hidden.to("cpu")
-        return hidden.numel() * hidden.element_size()
+        """Device to host; returns the bytes.
+
+        Hidden states that go on to disk are left where they are if all buffers are in use: `write` takes them then.
+        """
+        if self.homes[batch] is Tier.HOST:
+            buffer: Buffer | None = self._host[batch]
+        else:
+            buffer = self._borrow(leave=1)
+        if buffer is None:
+            return 0
+        moved = self._take(batch, buffer)
+        if self.homes[batch] is Tier.DISK:
+            self._pulled[batch] = buffer
+        return moved
 
     def write(self, batch: int) -> int:
-        """Host to disk."""
-        hidden = (self._parked if self._direct else self._host).pop(batch)
-        return self._file().write(self._regions[batch][0], hidden.contiguous().view(-1).view(torch.uint8))
+        """Host to disk; returns the bytes."""
+        pulled = self._pulled.pop(batch, None)
+        buffer = pulled or self._borrow()
+        assert buffer is not None
+        try:
+            if pulled is None:
+                self._take(batch, buffer)
+            return self._file().write_run(self._regions[batch][0], buffer.bytes, 0, self._nbytes(batch))
+        finally:
+            with self._lock:
+                self._free.append(buffer)
 
     def read(self, batch: int, slot: int) -> int:
-        """Disk to host, into a slot's staging buffer."""
-        dtype, shape = self._shape[batch]
+        """Disk to host, into a slot's staging buffer; returns the bytes."""
         self._slot[batch] = slot
-        memory = self._staging[slot].bytes[: shape.numel() * dtype.itemsize]
-        return self._file().read(self._regions[batch][0], memory)
+        return self._file().read_run(self._regions[batch][0], self._staging[slot].bytes, 0, self._nbytes(batch))
 
     def push(self, batch: int, slot: int) -> int:
-        """Host to device, into a slot."""
+        """Host to device, into a slot; returns the bytes."""
         self._slot[batch] = slot
-        dtype, shape = self._shape[batch]
-        if self.homes[batch] is Tier.HOST:
-            source = self._host.pop(batch)
-        else:
-            source = tensor_view(self._staging[slot].bytes, 0, dtype, shape)
-        tensor_view(self._device_slots[slot].bytes, 0, dtype, shape).copy_(source)
-        return source.numel() * source.element_size()
+        source = self._host[batch] if self.homes[batch] is Tier.HOST else self._staging[slot]
+        self._space.copy(self._view(batch, self._device_slots[slot]), self._view(batch, source))
+        return self._nbytes(batch)
 
     def close(self) -> None:
         """Gives all memory back, and the file."""
-        for buffer in (*self._staging, *self._device_slots):
+        for buffer in (*self._staging, *self._device_slots, *self._outgoing, *self._host.values()):
             buffer.free()
         self._parked.clear()
-        self._host.clear()
         if self._spill is not None:
             self._spill.close()
 
     # --------------------------------------------------------------------------------------------------------- inside
     def _prepare(self, batch: int, nbytes: int) -> None:
         """Room on disk and in the slots; micro-batches of a sweep only shrink after the first layer, never grow."""
-        if self.homes[batch] is Tier.DISK and self._regions.get(batch, (0, 0))[1] < nbytes:
+        if self.homes[batch] is Tier.HOST:
+            if batch not in self._host:
+                self._host[batch] = Buffer(self._space.ledger, Tier.HOST, self._space.device, "hidden states")
+            self._host[batch].ensure(nbytes)
+        elif self._regions.get(batch, (0, 0))[1] < nbytes:
+            if batch in self._regions:
+                self._file().release(*self._regions[batch])
             self._regions[batch] = (self._file().reserve(nbytes), nbytes)
-        for slot in range(len(self._staging)):
-            if self.homes[batch] is Tier.DISK:
-                self._staging[slot].ensure(nbytes)
-            if not self._direct:
-                self._device_slots[slot].ensure(nbytes)
+        on_disk = (*self._staging, *self._outgoing) if self.homes[batch] is Tier.DISK else ()
+        for buffer in (*on_disk, *(() if self._direct else self._device_slots)):
+            buffer.ensure(nbytes)
+
+    def _borrow(self, leave: int = 0) -> Buffer | None:
+        """A buffer on the way to disk, unless only `leave` are left."""
+        with self._lock:
+            return self._free.pop() if len(self._free) > leave else None
+
+    def _take(self, batch: int, buffer: Buffer) -> int:
+        """Brings what a layer returned into host memory; returns the bytes."""
+        self._space.copy(self._view(batch, buffer), self._parked[batch])
+        del self._parked[batch]
+        return self._nbytes(batch)
+
+    def _nbytes(self, batch: int) -> int:
+        dtype, shape = self._shape[batch]
+        return shape.numel() * dtype.itemsize
+
+    def _view(self, batch: int, buffer: Buffer) -> torch.Tensor:
+        dtype, shape = self._shape[batch]
+        return tensor_view(buffer.bytes, 0, dtype, shape)
 
     def _loaded(self, batch: int) -> torch.Tensor:
-        dtype, shape = self._shape[batch]
         slots = self._staging if self._direct else self._device_slots
-        return tensor_view(slots[self._slot[batch]].bytes, 0, dtype, shape)
+        return self._view(batch, slots[self._slot[batch]])
 
     def _file(self) -> SpillFile:
         if self._spill is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cells import CacheSpace, Cell
+from .cells import CacheSpace, Cell, SlotBytes, exchange
 from .errors import FlexGenError
 from .policy import Tier
 
@@ -106,11 +106,10 @@ class BlockCache(Cache):
         """
         if not self._close.alive:
             raise FlexGenError("this past_key_values was closed, by close() or by an error; begin with a new one")
-        nbytes = max((cell.slot_bytes for cell in self.cells()), default=0)
-        if nbytes and not self.space.slots_hold(nbytes):
+        needs = SlotBytes(*map(max, zip(SlotBytes(), *(cell.slot_bytes for cell in self.cells()), strict=True)))
+        if not self.space.holds(needs):
             self.settle()
-            for slot in range(self.space.num_slots):
-                self.space.ensure_slot(slot, nbytes)
+            self.space.ensure(needs)
 
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` tokens."""
@@ -181,19 +180,29 @@ class BlockCache(Cache):
         self._close()
 
     def _gather(self, index: torch.Tensor, spans: list[Span] | None = None) -> None:
-        """Reorders rows that move between micro-batches: a layer at a time through memory."""
+        """Reorders rows that move between micro-batches: in place, or if their number changes, a layer at a time."""
+        in_place = spans in (None, self.spans)
         self.spans = spans or self.spans
         for layer in range(len(self.layers)):
             cells = [child.cells[layer] for child in self.children]
             if not cells[0].is_initialized or cells[0].length == 0:
                 continue
-            pairs = [cell.get() for cell in cells]
-            device = pairs[0][0].device
-            keys, values = (torch.cat([p[i].to(device) for p in pairs], 1) for i in (0, 1))
-            for cell, (start, end) in zip(cells, self.spans, strict=False):
-                rows = index[start:end].to(device)
-                cell.put(keys.index_select(1, rows), values.index_select(1, rows))
+            rows = [index[start:end] for start, end in self.spans]
+            if in_place:
+                exchange(cells, rows)
+            else:
+                _rebuild(cells, rows)
         for child in self.children[len(self.spans) :]:
             for cell in child.cells:
                 cell.discard()
         self.children = self.children[: len(self.spans)]
+
+
+def _rebuild(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
+    """Gives cell k the rows `rows[k]` of all cells, one behind the other; it may have had another number of rows."""
+    pairs = [cell.get() for cell in cells]
+    device = pairs[0][0].device
+    keys, values = (torch.cat([pair[i].to(device) for pair in pairs], 1) for i in (0, 1))
+    for cell, wanted in zip(cells, rows, strict=False):
+        index = wanted.to(device)
+        cell.put(keys.index_select(1, index), values.index_select(1, index))

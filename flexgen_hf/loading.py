@@ -180,8 +180,12 @@ class FlexGenHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UnsupportedModelError("flexgen_hf loads checkpoints from files; a state_dict cannot be streamed")
         options = self.quantization_config
-        if Compression.of(options.compression) or (options.policy is not None and _policy(options).compression):
-            raise UnsupportedModelError("compression is not available in this version; leave compression out")
+        asked = [Compression.of(options.compression)]
+        asked += [_policy(options).compression] if options.policy is not None else []
+        if any(compression.weights is not None or compression.cache not in (None, 16) for compression in asked):
+            raise UnsupportedModelError(
+                "compression is not available in this version, but for Compression(cache=16); leave compression out"
+            )
         self._structure = describe(model)
         if not is_tested(model.config.model_type):
             logger.warning(
@@ -269,6 +273,8 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
         policy = _policy(options)
     else:
         policy = _default_policy(tensors, options, device, limits, shared)
+    if options.compression is not None:
+        policy = policy.replace(compression=Compression.of(options.compression))
     if policy.host_attention and device.type != "cpu":  # on a CPU, cells on the host are attended to there anyway
         attention.check_supported(model)
         model.set_attn_implementation(attention.NAME)

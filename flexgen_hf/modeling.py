@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .executor import Executor
 from .kv_cache import BlockCache, spans_of
 from .planning.placement import assign
 from .policy import Compression, Policy
+from .progress import Progress
 from .report import RunReport
 from .weights.writer import Origin, write_store
 
@@ -43,6 +44,8 @@ class FlexGenForCausalLM:
 
     config: Any
     generation_config: Any
+    #: whether `generate` shows a progress bar on stderr; set it on a model, or here for all of them
+    show_progress: bool = False
     _executor: Executor
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -150,12 +153,34 @@ class FlexGenForCausalLM:
         """
         whole = super().generate  # type: ignore[misc]
         call = _bound(whole, args, kwargs)
-        with torch.no_grad(), self._executor.session():
+        with torch.no_grad(), self._executor.session() as report:
             settings = self._settings(whole, call)
             prompts = self._prompts_per_block(call, settings)
-            if prompts is None:
-                return whole(*args, **kwargs)
-            return self._generate_in_blocks(whole, call, prompts, _pad_token(settings))
+            with self._progress(report, call, settings, prompts) as shown:
+                if prompts is None:
+                    return shown(whole)(*args, **kwargs)
+                return self._generate_in_blocks(shown(whole), call, prompts, _pad_token(settings))
+
+    @contextlib.contextmanager
+    def _progress(
+        self, report: RunReport, call: dict[str, Any], settings: GenerationConfig, prompts: int | None
+    ) -> Iterator[Callable[[Any], Any]]:
+        """Shows, if that is wanted, the calls of the function that is passed through what the context yields."""
+        executor = self._executor
+        if not self.show_progress or executor.on_compute is not None:  # a call inside of one that is shown
+            yield lambda generate: generate
+            return
+        rows, width = next((tensor.shape for tensor in _row_inputs(call).values()), (0, 0))
+        tokens = settings.max_new_tokens
+        if tokens is None and width and call.get("max_length"):
+            tokens = max(0, call["max_length"] - width)
+        blocks = 1 if prompts is None else -(-rows // prompts)
+        with Progress(report, len(executor.structure.layers), blocks, tokens) as progress:
+            executor.on_compute = progress.step
+            try:
+                yield progress.block
+            finally:
+                executor.on_compute = None
 
     def _settings(self, generate: Any, call: dict[str, Any]) -> GenerationConfig:
         """The settings of a call as transformers resolves them, from arguments, a given config and the model's."""
@@ -215,7 +240,8 @@ class FlexGenForCausalLM:
 
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
-        policy, space = self.policy, CacheSpace(self._executor.space, self.policy.host_attention)
+        policy = self.policy
+        space = CacheSpace(self._executor.space, policy.host_attention, policy.compression, self.dtype)
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
         windows = _windows(self.config)

@@ -95,11 +95,14 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """Group quantization of weights and cache, each on its own.
+    """Group quantization of weights and cache, each on its own; or a cache in 16 bit under compute in 32.
+
+    A cache in 16 bit is not quantized but cast: where compute uses float32, keys and values are kept in float16, a
+    step's own new ones being seen in full precision. Where compute uses 16 bit already, it changes nothing.
 
     Args:
-        weights: bits per element of decoder-layer matrices (2, 3, 4 or 8), or `None` for 16 bit.
-        cache: bits per element of keys and values, or `None`.
+        weights: bits per element of decoder-layer matrices (2, 3, 4 or 8), or `None` for those of the checkpoint.
+        cache: bits per element of keys and values (2, 3, 4, 8 or 16), or `None` for those of compute.
         group_size: elements that share a scale and a minimum.
 
     Raises:
@@ -111,10 +114,12 @@ class Compression:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        for field in ("weights", "cache"):
+        widths = {"weights": (2, 3, 4, 8), "cache": (2, 3, 4, 8, 16)}
+        for field, known in widths.items():
             bits = getattr(self, field)
-            if bits is not None and (isinstance(bits, bool) or bits not in (2, 3, 4, 8)):
-                raise PolicyError(f"compression: {field}={bits!r} bits do not exist; use 2, 3, 4, 8 or None for 16 bit")
+            if bits is not None and (isinstance(bits, bool) or bits not in known):
+                exist = ", ".join(map(str, known))
+                raise PolicyError(f"compression: {field}={bits!r} bits do not exist; use {exist} or None for no change")
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % 8:
             raise PolicyError(f"compression: group_size={size!r} must be a positive multiple of 8, e.g. 64")

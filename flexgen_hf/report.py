@@ -4,15 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .planning.schedule import Lane
 from .policy import Policy, Tier
-from .storage.lanes import LaneUse
+from .storage.lanes import Event, LaneUse
 from .storage.ledger import gib
 
-__all__ = ["RunReport", "SweepRecord", "peak_rss_bytes"]
+__all__ = ["LaneWork", "RunReport", "RunningSweep", "SweepRecord", "peak_rss_bytes"]
+
+# `to_dict` is stored with every measurement, and a night's job has very many sweeps.
+_LISTED_SWEEPS = 1000
+
+# In the order in which data passes through them.
+_LANES_IN_A_TRACE = (
+    Lane.DISK_TO_HOST,
+    Lane.HOST_TO_DEVICE,
+    Lane.COMPUTE,
+    Lane.DEVICE_TO_HOST,
+    Lane.HOST_TO_DISK,
+)
+
+
+class LaneWork(NamedTuple):
+    """What a lane did in one sweep, or in several.
+
+    `busy_s` is counted from a sweep's call of forward to its result, so it is never more than the sweep's seconds.
+    `bytes` are those whose transfer ended since the sweep before ended, so those are counted too that move while the
+    caller samples. What a lane loads ahead for the next sweep counts for the one during which it happens.
+    """
+
+    busy_s: float = 0.0
+    bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningSweep:
+    """A sweep that has begun.
+
+    Args:
+        rows: sequences.
+        tokens: new tokens of each.
+        is_prefill: the cache was empty.
+        started: the `time.perf_counter()`.
+        busy_s: of each lane, until then.
+    """
+
+    rows: int
+    tokens: int
+    is_prefill: bool
+    started: float
+    busy_s: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +71,14 @@ class SweepRecord:
         tokens: new tokens of each, 1 in decode.
         seconds: from the call of forward to its result.
         is_prefill: the cache was empty.
+        lanes: what each lane did.
     """
 
     rows: int
     tokens: int
     seconds: float
     is_prefill: bool
+    lanes: dict[str, LaneWork] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -39,22 +88,51 @@ class RunReport:
     Args:
         policy: the policy in force.
         sweeps: one record per forward.
-        lanes: what each lane did.
+        lanes: what each lane did in the whole call, also before the first sweep and after the last one.
+        upcasts: casts of stored weights to the dtype of compute: `tensors`, how many there were, and
+            `per_stage_and_sweep`, the most often that one tensor was cast in one sweep.
         elapsed_s: the whole call, sampling included.
         peak_bytes: the most that each tier held in buffers of this package.
         peak_rss_bytes: the most memory the process ever had resident, everything included.
         placement: bytes per tier that weights and cache really got.
         notes: what was done differently from what the policy says, and why.
+        running: the sweep that runs, or the one in which an error ended the call.
     """
 
     policy: Policy
     sweeps: list[SweepRecord] = dataclasses.field(default_factory=list)
     lanes: dict[str, LaneUse] = dataclasses.field(default_factory=dict)
+    upcasts: dict[str, int] = dataclasses.field(default_factory=dict)
     elapsed_s: float = 0.0
     peak_bytes: dict[Tier, int] = dataclasses.field(default_factory=dict)
     peak_rss_bytes: int = 0
     placement: dict[str, dict[Tier, int]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    running: RunningSweep | None = dataclasses.field(default=None, repr=False)
+    _bytes_before: dict[str, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def begin_sweep(self, rows: int, tokens: int, is_prefill: bool) -> None:
+        """Notes that a sweep begins now; the arguments are those of `SweepRecord`."""
+        busy_s = {name: use.busy_s for name, use in self.lanes.items()}
+        self.running = RunningSweep(rows, tokens, is_prefill, time.perf_counter(), busy_s)
+
+    def end_sweep(self) -> None:
+        """Notes that the sweep that runs is done, with what each lane did in it."""
+        sweep = self.running
+        assert sweep is not None
+        lanes = {}
+        for name, use in self.lanes.items():
+            moved = use.bytes
+            lanes[name] = LaneWork(use.busy_s - sweep.busy_s[name], moved - self._bytes_before.get(name, 0))
+            self._bytes_before[name] = moved
+        seconds = time.perf_counter() - sweep.started
+        self.sweeps.append(SweepRecord(sweep.rows, sweep.tokens, seconds, sweep.is_prefill, lanes))
+        self.running = None
+
+    @property
+    def rows(self) -> int:
+        """The most sequences that were in flight together."""
+        return max((s.rows for s in self.sweeps), default=0)
 
     @property
     def prefill_s(self) -> float:
@@ -74,36 +152,78 @@ class RunReport:
     @property
     def tokens_per_s(self) -> float:
         """Generated tokens per second of prefill and decode."""
-        seconds = self.prefill_s + self.decode_s
-        return self.generated_tokens / seconds if seconds else 0.0
+        return _per(self.generated_tokens, self.prefill_s + self.decode_s)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Tokens of prompts, padding included, per second of prefill."""
+        return _per(sum(s.rows * s.tokens for s in self.sweeps if s.is_prefill), self.prefill_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second of decode."""
+        return _per(sum(s.rows for s in self.sweeps if not s.is_prefill), self.decode_s)
 
     @property
     def share_of_limit(self) -> float:
         """Busy time of the busiest lane as a share of the time in sweeps; 1 means nothing could be faster."""
-        seconds = self.prefill_s + self.decode_s
         busiest = max((use.busy_s for use in self.lanes.values()), default=0.0)
-        return min(1.0, busiest / seconds) if seconds else 0.0
+        return min(1.0, _per(busiest, self.prefill_s + self.decode_s))
 
     @property
     def bottleneck(self) -> str:
         """Name of the busiest lane."""
         return max(self.lanes, key=lambda name: self.lanes[name].busy_s, default="none")
 
+    @property
+    def decode_lanes(self) -> dict[str, LaneWork]:
+        """What each lane did in sweeps over one new token per sequence."""
+        return {
+            name: _sum(s.lanes.get(name, LaneWork()) for s in self.sweeps if not s.is_prefill) for name in self.lanes
+        }
+
+    @property
+    def decode_share_of_limit(self) -> float:
+        """`share_of_limit` of decode alone; 0 if there was none."""
+        return min(1.0, _per(max((work.busy_s for work in self.decode_lanes.values()), default=0.0), self.decode_s))
+
+    @property
+    def decode_bottleneck(self) -> str:
+        """Name of the lane that was busiest in decode; "none" if there was none."""
+        lanes = self.decode_lanes if self.decode_s else {}
+        return max(lanes, key=lambda name: lanes[name].busy_s, default="none")
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        seconds = self.prefill_s + self.decode_s
+        """Plain JSON values.
+
+        `rows` are the most sequences in flight together. `sweeps` lists the first 1000 of `num_sweeps`. A lane's
+        `idle_s` is the time in sweeps in which it did nothing. Weights are not quantized in this version, so nothing
+        is said of dequantization.
+        """
         return {
             "prefill_s": self.prefill_s,
             "decode_s": self.decode_s,
             "elapsed_s": self.elapsed_s,
+            "rows": self.rows,
             "generated_tokens": self.generated_tokens,
             "tokens_per_s": self.tokens_per_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
             "share_of_limit": self.share_of_limit,
             "bottleneck": self.bottleneck,
+            "decode_share_of_limit": self.decode_share_of_limit,
+            "decode_bottleneck": self.decode_bottleneck,
+            "num_sweeps": len(self.sweeps),
+            "sweeps": [
+                {"rows": s.rows, "tokens": s.tokens, "seconds": s.seconds, "is_prefill": s.is_prefill}
+                for s in self.sweeps[:_LISTED_SWEEPS]
+            ],
             "lanes": {
-                name: {"busy_s": use.busy_s, "idle_s": max(0.0, seconds - use.busy_s), "bytes": use.bytes}
+                name: _lane(LaneWork(use.busy_s, use.bytes), self.prefill_s + self.decode_s)
                 for name, use in self.lanes.items()
             },
+            "decode_lanes": {name: _lane(work, self.decode_s) for name, work in self.decode_lanes.items()},
+            "upcasts": {name: self.upcasts.get(name, 0) for name in ("tensors", "per_stage_and_sweep")},
             "peak_bytes": {str(tier): size for tier, size in self.peak_bytes.items()},
             "peak_rss_bytes": self.peak_rss_bytes,
             "placement": {
@@ -119,36 +239,61 @@ class RunReport:
         Args:
             path: the JSON file. Times are in microseconds from the first event; of a long run the last steps are kept.
         """
-        lanes = {name: list(use.events) for name, use in self.lanes.items()}
-        start = min((event.started for events in lanes.values() for event in events), default=0.0)
-        rows: list[dict[str, Any]] = []
-        for thread, (name, events) in enumerate(lanes.items()):
-            rows.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": {"name": name}})
+        tracks = self._tracks()
+        start = min((event.started for _, events in tracks for event in events), default=0.0)
+        rows: list[dict[str, Any]] = [_metadata("process_name", 0, name="flexgen_hf")]
+        # Viewers take 0 for the idle thread, and the thread whose number is its process's for the main one.
+        for thread, (name, events) in enumerate(tracks, start=_PROCESS + 1):
             rows += [
-                {
-                    "ph": "X",
-                    "pid": 1,
-                    "tid": thread,
-                    "name": str(event.name),
-                    "ts": (event.started - start) * 1e6,
-                    "dur": (event.ended - event.started) * 1e6,
-                    "args": {"bytes": event.bytes},
-                }
-                for event in events
+                _metadata("thread_name", thread, name=name),
+                _metadata("thread_sort_index", thread, sort_index=thread),
             ]
+            for event in events:
+                # Whole microseconds: of fractions, rounding would make neighbours overlap, which viewers do not draw.
+                begin, end = (math.floor((at - start) * 1e6) for at in (event.started, event.ended))
+                rows.append(
+                    {
+                        "ph": "X",
+                        "pid": _PROCESS,
+                        "tid": thread,
+                        "name": str(event.name),
+                        "ts": begin,
+                        "dur": end - begin,
+                        "args": {"bytes": event.bytes},
+                    }
+                )
         Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}))
+
+    def _tracks(self) -> list[tuple[str, list[Event]]]:
+        """Names and events of what does one thing at a time: each worker of each lane."""
+        order = {str(lane): place for place, lane in enumerate(_LANES_IN_A_TRACE)}
+        tracks = []
+        for name in sorted(self.lanes, key=lambda name: order.get(name, len(order))):
+            events = list(self.lanes[name].events)
+            for worker in sorted({0} | {event.worker for event in events}):
+                title = f"{name}, worker {worker}" if worker else name
+                tracks.append((title, [event for event in events if event.worker == worker]))
+        return tracks
 
     def __str__(self) -> str:
         lines = [
             f"policy      {self.policy}",
             f"time        prefill {self.prefill_s:.2f} s, decode {self.decode_s:.2f} s",
+            f"prefill     {self.prefill_tokens_per_s:.2f} token/s of prompts",
+            f"decode      {self.decode_tokens_per_s:.2f} token/s",
             f"tokens      {self.generated_tokens}, {self.tokens_per_s:.2f} per second",
             f"bottleneck  {self.bottleneck}, busy {self.share_of_limit:.0%} of the time",
         ]
+        if self.decode_s:
+            lines[-1] += f"; in decode {self.decode_bottleneck}, {self.decode_share_of_limit:.0%}"
         for name, use in self.lanes.items():
             if use.steps:
                 moved = f", {gib(use.bytes)}" if use.bytes else ""
                 lines.append(f"  {name:<16}{use.busy_s:8.2f} s in {use.steps} steps{moved}")
+        if casts := self.upcasts.get("tensors"):
+            most = self.upcasts["per_stage_and_sweep"]
+            times = {1: "once", 2: "twice"}.get(most, f"{most} times")
+            lines.append(f"casts       {casts} tensors, at most {times} per stage and sweep")
         for kind, sizes in self.placement.items():
             total = sum(sizes.values()) or 1
             parts = ", ".join(f"{tier} {gib(size)} ({size / total:.1%})" for tier, size in sizes.items() if size)
@@ -156,6 +301,29 @@ class RunReport:
         peaks = ", ".join(f"{tier} {gib(size)}" for tier, size in self.peak_bytes.items())
         lines.append(f"peak        {peaks}; process {gib(self.peak_rss_bytes)}")
         return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+
+
+_PROCESS = 1  # there is one in a trace
+
+
+def _metadata(what: str, thread: int, **args: Any) -> dict[str, Any]:
+    """An event that names or sorts something in a trace."""
+    return {"ph": "M", "pid": _PROCESS, "tid": thread, "name": what, "args": args}
+
+
+def _per(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds else 0.0
+
+
+def _sum(works: Iterable[LaneWork]) -> LaneWork:
+    busy_s, moved = 0.0, 0
+    for work in works:
+        busy_s, moved = busy_s + work.busy_s, moved + work.bytes
+    return LaneWork(busy_s, moved)
+
+
+def _lane(work: LaneWork, seconds: float) -> dict[str, Any]:
+    return {"busy_s": work.busy_s, "idle_s": max(0.0, seconds - work.busy_s), "bytes": work.bytes}
 
 
 def peak_rss_bytes() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,33 @@ def run_as_process(*arguments):
     )
 
 
+def run_on_a_terminal(*arguments):
+    """The installed command's exit code, what it wrote to stdout, and what to a terminal that is its stderr."""
+    import fcntl
+    import termios
+
+    terminal, stderr = os.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns, and pixels of both
+    ended = subprocess.run(
+        [sys.executable, "-c", "from flexgen_hf.cli import main; main()", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        check=False,
+    )
+    os.close(stderr)
+    screen = b""
+    try:
+        while written := os.read(terminal, 4096):
+            screen += written
+    except OSError:  # how Linux says that the other end is closed and nothing is left
+        pass
+    os.close(terminal)
+    return ended.returncode, ended.stdout, screen.decode()
+
+
 class TestGenerate:
     def test_what_is_not_given_is_left_to_the_library(self, recorded):
         result = run("generate", TINY_OPT, "--prompt", "The people")
@@ -138,7 +166,28 @@ class TestGenerate:
         options = ["--max-new-tokens", "2", "--percent", "0", "0", "0", "0", "0", "0", "--offload-folder", tmp_path]
         assert run("generate", TINY_OPT, "--prompt", "Peace", "--trace", file, *options).exit_code == 0
         rows = json.loads(file.read_text())["traceEvents"]
-        assert {row["name"] for row in rows if row["ph"] == "M"} == {"thread_name"}
+        assert "compute" in {row["args"]["name"] for row in rows if row["name"] == "thread_name"}
+
+    @pytest.mark.parametrize(("option", "shown"), [([], False), (["--progress"], True), (["--no-progress"], False)])
+    def test_progress_is_shown_on_demand_where_stderr_is_no_terminal(self, recorded, option, shown):
+        assert run("generate", TINY_OPT, "--prompt", "Peace", *option).exit_code == 0
+        assert recorded[0].show_progress is shown
+
+    def test_progress_goes_to_stderr(self):
+        options = ["--prompt", "Peace", "--max-new-tokens", "3"]
+        plain = run("generate", TINY_OPT, *options)
+        assert plain.stderr == ""
+        shown = run("generate", TINY_OPT, *options, "--progress")
+        assert "3/3 [" in shown.stderr
+        assert shown.stdout == plain.stdout != ""
+
+    @pytest.mark.parametrize("option", [None, "--no-progress"])
+    def test_progress_is_shown_on_a_terminal(self, option):
+        words = ["generate", str(TINY_OPT), "--prompt", "Peace", "--max-new-tokens", "3", *filter(None, [option])]
+        code, stdout, screen = run_on_a_terminal(*words)
+        assert code == 0
+        assert stdout.startswith("> Peace\n")
+        assert ("prefill" in screen) == ("3/3 [" in screen) == (option is None)
 
     def test_a_sampling_option_means_sampling(self, recorded):
         run("generate", TINY_OPT, "--prompt", "a", "--temperature", "0.7")

@@ -25,7 +25,7 @@ import torch
 
 from flexgen_hf import CapacityError, FlexGenError, FlexGenForCausalLM, Placement, Policy, StepError, Tier
 from flexgen_hf import executor as executor_module
-from flexgen_hf.planning.schedule import Lane, Step, StepId, What, zigzag
+from flexgen_hf.planning.schedule import Lane, Schedule, Step, StepId, What
 from flexgen_hf.storage.lanes import Lanes
 from tests.test_storage import small_disk
 from tests.tiny import (
@@ -81,14 +81,18 @@ def hold_until_the_next_cell_is_loaded(executor: Any) -> Callable[[str, StepId],
     return before_step
 
 
-def with_one_shared_workspace(*args: Any, **options: Any) -> Iterator[Step]:
+class OneSharedWorkspace(Schedule):
     """The schedule with the defect: one slot for all cells, into which the next is loaded before this one is used."""
-    for step in zigzag(*args, **options):
+
+    def steps(self, *args: Any, **options: Any) -> list[Step]:
+        return [self.spoiled(step) for step in super().steps(*args, **options)]
+
+    @staticmethod
+    def spoiled(step: Step) -> Step:
         if step.id.what is What.CACHE and step.id.lane is Lane.DISK_TO_HOST:
             own = tuple(name for name in step.after if (name.stage, name.batch) == (step.id.stage, step.id.batch))
-            yield step._replace(slot=0, after=own)
-        else:
-            yield step._replace(slot=0) if step.id.what is What.CACHE or step.slot > 0 else step
+            return step._replace(slot=0, after=own)
+        return step._replace(slot=0) if step.id.what is What.CACHE or step.slot > 0 else step
 
 
 class TestDefect1:
@@ -107,7 +111,7 @@ class TestDefect1:
         self.attend(checkpoint, tmp_path)
 
     def test_defect_1_put_back_is_noticed(self, checkpoint, tmp_path, monkeypatch):
-        monkeypatch.setattr(executor_module, "zigzag", with_one_shared_workspace)
+        monkeypatch.setattr(executor_module, "Schedule", OneSharedWorkspace)
         with pytest.raises(AssertionError):
             self.attend(checkpoint, tmp_path)
 
@@ -130,11 +134,11 @@ class Saboteur:
             raise OSError(errno.EIO, "the disk is on fire")
 
 
-def thread_that_dies(self: Lanes, lane: str) -> None:
+def thread_that_dies(self: Lanes, lane: str, worker: int) -> None:
     """A lane with the defect: an exception ends the thread, and nobody hears of it."""
     while (item := self._queues[lane].get()) is not None:
         ticket, work, after = item
-        if self._run(lane, self.uses[lane], ticket, work, after) is not None:
+        if self._run(lane, worker, self.uses[lane], ticket, work, after) is not None:
             return
         ticket.finish()
 
@@ -183,7 +187,7 @@ class TestDefect5:
         assert_same(model, checkpoint, batch(7))
 
     def test_defect_5_put_back_hangs(self, model, monkeypatch):
-        monkeypatch.setattr(Lanes, "_serve", thread_that_dies)
+        monkeypatch.setattr(Lanes, "_work", thread_that_dies)
         model._executor.before_step = Saboteur(Lane.DISK_TO_HOST, 40)
         before = threading.active_count()
         with pytest.raises(TimeoutError):

@@ -18,6 +18,7 @@ ROWS = (
     {"storage"},
     {"weights", "cells", "hidden_states", "architectures", "attention"},
     {"kv_cache", "parameters", "report"},
+    {"progress"},
     {"executor"},
     {"checkpoints"},
     {"loading", "modeling"},
@@ -49,6 +50,7 @@ FORBIDDEN = {
     "planning": {"torch", "transformers", "accelerate", "safetensors", "huggingface_hub"},
     "quantization": {"transformers", "accelerate"},
     "storage": {"transformers", "accelerate", "safetensors", "huggingface_hub"},
+    "progress": {"torch", "transformers", "numpy"},
     "__init__": {"torch", "transformers", "numpy"},
 }
 

@@ -20,8 +20,13 @@ def placements(draw):
     return Placement(device=device / 1000, host=host / 1000)
 
 
-BITS = st.sampled_from([None, 2, 3, 4, 8])
-COMPRESSIONS = st.builds(Compression, weights=BITS, cache=BITS, group_size=st.sampled_from([8, 32, 64, 128]))
+BITS = [None, 2, 3, 4, 8]
+COMPRESSIONS = st.builds(
+    Compression,
+    weights=st.sampled_from(BITS),
+    cache=st.sampled_from([*BITS, 16]),
+    group_size=st.sampled_from([8, 32, 64, 128]),
+)
 POLICIES = st.builds(
     Policy,
     weights=placements(),
@@ -110,6 +115,8 @@ class TestCompression:
         [
             ({"weights": 5}, "weights=5 bits do not exist; use 2, 3, 4, 8 or None"),
             ({"cache": True}, "cache=True bits do not exist"),
+            ({"cache": 32}, "cache=32 bits do not exist; use 2, 3, 4, 8, 16 or None"),
+            ({"weights": 16}, "weights=16 bits do not exist; use 2, 3, 4, 8 or None"),
             ({"group_size": 0}, "group_size=0 must be a positive multiple of 8"),
             ({"group_size": 60}, "group_size=60 must be a positive multiple of 8"),
             ({"group_size": 64.0}, "group_size=64.0 must be a positive multiple of 8"),

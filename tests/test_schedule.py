@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_hf.planning.schedule import Lane, Rings, Route, Step, StepId, Traffic, What, prefetch, zigzag
+from flexgen_hf.planning.schedule import Lane, Rings, Route, Schedule, Step, StepId, Traffic, What
 
 STILL = Route()
 # what a cell or hidden states may cross: nothing; RAM and disk; device and RAM; all of it
 HOMES = [STILL, Route(read=True, write=True), Route(push=True, pull=True), Route(True, True, True, True)]
-WEIGHTS = [STILL, Route(read=True), Route(push=True), Route(read=True, push=True)]
+# each piece: read to where it is used, from RAM to the device, or both through staging
+WEIGHTS = [Route(read=True), Route(push=True), Route(read=True, push=True)]
 
 LOADS = (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)
 STORES = (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DISK)
@@ -32,16 +33,22 @@ def traffics(draw) -> Traffic:
     tied = draw(st.booleans())
     nothing = (STILL,) * batches
     cells = [tuple(draw(st.sampled_from(HOMES)) for _ in range(batches)) for _ in range(layers)]
-    weights = [draw(st.sampled_from(WEIGHTS)) for _ in range(layers + 2)]
+    weights = [tuple(draw(st.lists(st.sampled_from(WEIGHTS), max_size=3))) for _ in range(layers + 2)]
     return Traffic(
-        weights=(*weights[:-1], STILL if tied else weights[-1]),
+        weights=(*weights[:-1], () if tied else weights[-1]),
         cache=(nothing, *cells, nothing),
         hidden=tuple(draw(st.sampled_from(HOMES)) for _ in range(batches)),
         tied=tied,
     )
 
 
-RINGS = st.builds(Rings, layers=st.integers(1, 4), cache=st.integers(1, 5), hidden=st.integers(1, 4))
+RINGS = st.builds(
+    Rings,
+    layers=st.integers(1, 4),
+    pieces=st.integers(1, 5),
+    cache=st.integers(1, 5),
+    hidden=st.integers(1, 4),
+)
 # whether a sweep begins with empty cells; the first does
 FRESH = st.lists(st.booleans(), max_size=3).map(lambda flags: [True, *flags])
 
@@ -57,15 +64,17 @@ class Program:
     rings: Rings
     fresh: list[bool]
     overlap: bool = True
+    batches: tuple[int, ...] = ()  # micro-batches of each call; as many as there are, if it is not said
 
     def __post_init__(self):
+        schedule = Schedule(self.rings, overlap=self.overlap)
         self.steps: list[Step] = []
-        listed: set[StepId] = set()
         for sweep in range(len(self.fresh)):
-            for step in self._sweep(sweep):
-                if step.id not in listed:
-                    listed.add(step.id)
-                    self.steps.append(step)
+            traffic = self.of_sweep(sweep)
+            weights = ((), *traffic.weights[1:]) if traffic.tied else traffic.weights
+            # whoever runs this does not know yet that the next sweep may be another call's, of another block
+            following = dataclasses.replace(traffic, weights=weights, fresh_cache=False)
+            self.steps += schedule.steps(traffic, following if sweep + 1 < len(self.fresh) else None)
         self.ids = [step.id for step in self.steps]
         self.at = {name: index for index, name in enumerate(self.ids)}
 
@@ -73,13 +82,20 @@ class Program:
         """The traffic of one sweep: a tied table that was loaded stays where it is."""
         weights = list(self.traffic.weights)
         if sweep and self.traffic.tied:
-            weights[0] = STILL
-        return dataclasses.replace(self.traffic, weights=tuple(weights), fresh_cache=self.fresh[sweep])
+            weights[0] = ()
+        count = self.num_batches(sweep)
+        return dataclasses.replace(
+            self.traffic,
+            weights=tuple(weights),
+            cache=tuple(routes[:count] for routes in self.traffic.cache),
+            hidden=self.traffic.hidden[:count],
+            fresh_cache=self.fresh[sweep],
+        )
 
-    def _sweep(self, sweep: int) -> Iterator[Step]:
-        yield from zigzag(self.of_sweep(sweep), sweep, rings=self.rings, overlap=self.overlap)
-        if self.overlap and sweep + 1 < len(self.fresh):
-            yield from prefetch(self.of_sweep(sweep + 1), sweep + 1, rings=self.rings)
+    def num_batches(self, sweep: int) -> int:
+        """Micro-batches of one sweep."""
+        call = sum(self.fresh[: sweep + 1]) - 1
+        return min([self.traffic.num_batches, *self.batches[call : call + 1]])
 
     def ancestors(self, fifo: Iterable[Lane] = (Lane.COMPUTE,)) -> list[int]:
         """For each step the set of steps that are done before it begins, as a bit mask.
@@ -105,7 +121,9 @@ class Program:
         return StepId(sweep, Lane.COMPUTE, What.STAGE, stage, -1 if head else batch)
 
 
-programs = st.builds(Program, traffics(), RINGS, FRESH, st.booleans())
+programs = st.builds(
+    Program, traffics(), RINGS, FRESH, st.booleans(), st.lists(st.integers(1, 4), max_size=4).map(tuple)
+)
 
 
 # ----------------------------------------------------------------------------------------------- what each step touches
@@ -129,23 +147,22 @@ def touches(program: Program) -> Iterator[tuple[int, Touch]]:
 
 
 def _of_weights(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
-    stage, route = step.id.stage, traffic.weights[step.id.stage]
-    yield from _weights_slot(program, stage, step.slot, (step.id.sweep, stage), step.id.lane, route)
+    stage, piece = step.id.stage, step.id.piece
+    route, user = traffic.weights[stage][piece], (step.id.sweep, stage)
+    if route.read and route.push:
+        assert step.staging >= 0
+        yield Touch(("pieces", step.staging), (*user, piece))
+    if not (route.read and route.push and step.id.lane is Lane.DISK_TO_HOST):
+        yield from _weights_slot(program, stage, step.slot, user)
 
 
-def _weights_slot(
-    program: Program, stage: int, slot: int, user: tuple[object, ...], lane: Lane, route: Route
-) -> Iterator[Touch]:
+def _weights_slot(program: Program, stage: int, slot: int, user: tuple[object, ...]) -> Iterator[Touch]:
     assert slot >= 0
-    ring = "outer" if stage in (0, program.traffic.head) else "layers"
-    if route.read and lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE, Lane.COMPUTE):
-        yield Touch((ring, "host", slot), user)
-    if route.push and lane in (Lane.HOST_TO_DEVICE, Lane.COMPUTE):
-        yield Touch((ring, "device", slot), user)
+    yield Touch(("outer" if stage in (0, program.traffic.head) else "layers", slot), user)
 
 
 def _of_cell(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
-    sweep, lane, _, stage, batch = step.id
+    sweep, lane, _, stage, batch, _ = step.id
     route, user = traffic.cache[stage][batch], (sweep, stage, batch)
     assert step.slot >= 0
     if (lane in (Lane.HOST_TO_DEVICE, Lane.DEVICE_TO_HOST) and route.write) or not route.push or lane not in _ON_DEVICE:
@@ -163,7 +180,7 @@ _ON_DEVICE = (Lane.HOST_TO_DEVICE, Lane.COMPUTE, Lane.DEVICE_TO_HOST)
 
 
 def _of_hidden(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
-    sweep, lane, _, stage, batch = step.id
+    sweep, lane, _, stage, batch, _ = step.id
     route = traffic.hidden[batch]
     if lane in LOADS:
         assert step.slot >= 0
@@ -183,7 +200,7 @@ def _of_hidden(program: Program, traffic: Traffic, step: Step, slots: dict[StepI
 
 
 def _of_stage(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
-    sweep, _, _, stage, batch = step.id
+    sweep, stage, batch = step.id.sweep, step.id.stage, step.id.batch
     yield from _weights_in_use(program, sweep, stage, slots)
     if not 0 < stage < traffic.head:
         return
@@ -201,11 +218,10 @@ def _weights_in_use(program: Program, sweep: int, stage: int, slots: dict[StepId
     tied, head = program.traffic.tied, program.traffic.head
     source = 0 if tied and stage == head else stage
     loaded = 0 if tied and source == 0 else sweep
-    route = program.traffic.weights[source]
-    if route.moves:
+    for piece, route in enumerate(program.traffic.weights[source]):
         lane = Lane.HOST_TO_DEVICE if route.push else Lane.DISK_TO_HOST
-        slot = slots[StepId(loaded, lane, What.WEIGHTS, source)]
-        yield from _weights_slot(program, source, slot, (loaded, source), Lane.COMPUTE, route)
+        slot = slots[StepId(loaded, lane, What.WEIGHTS, source, -1, piece)]
+        yield from _weights_slot(program, source, slot, (loaded, source))
 
 
 _OF = {What.WEIGHTS: _of_weights, What.CACHE: _of_cell, What.HIDDEN: _of_hidden, What.STAGE: _of_stage}
@@ -239,8 +255,9 @@ def test_a_step_waits_only_for_what_comes_earlier(program):
 @given(programs)
 @drawn
 def test_every_micro_batch_passes_every_stage_once_and_in_order(program):
-    head, batches = program.traffic.head, program.traffic.num_batches
+    head = program.traffic.head
     for sweep in range(len(program.fresh)):
+        batches = program.num_batches(sweep)
         computed = [
             (s.id.stage, s.id.batch) for s in program.steps if s.id.sweep == sweep and s.id.lane is Lane.COMPUTE
         ]
@@ -260,8 +277,9 @@ def test_nothing_moves_twice_and_everything_that_has_to_moves(program):
         traffic = program.of_sweep(sweep)
         moved = {s.id[1:] for s in program.steps if s.id.sweep == sweep and s.id.lane is not Lane.COMPUTE}
         expected = set()
-        for stage, route in enumerate(traffic.weights):
-            expected |= crossings(route, What.WEIGHTS, stage, -1, load=True)
+        for stage, pieces in enumerate(traffic.weights):
+            for piece, route in enumerate(pieces):
+                expected |= crossings(route, What.WEIGHTS, stage, -1, load=True, piece=piece)
         for stage in range(1, traffic.head):
             for batch, route in enumerate(traffic.cache[stage]):
                 expected |= crossings(route, What.CACHE, stage, batch, load=not fresh, store=True)
@@ -271,9 +289,11 @@ def test_nothing_moves_twice_and_everything_that_has_to_moves(program):
         assert moved == expected
 
 
-def crossings(route: Route, what: What, stage: int, batch: int, *, load=False, store=False) -> set[tuple[object, ...]]:
+def crossings(
+    route: Route, what: What, stage: int, batch: int, *, load=False, store=False, piece=0
+) -> set[tuple[object, ...]]:
     lanes = zip((Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE, Lane.DEVICE_TO_HOST, Lane.HOST_TO_DISK), route, strict=True)
-    return {(lane, what, stage, batch) for lane, on in lanes if on and (load if lane in LOADS else store)}
+    return {(lane, what, stage, batch, piece) for lane, on in lanes if on and (load if lane in LOADS else store)}
 
 
 @given(programs)
@@ -330,7 +350,9 @@ class TestTheCheckerItself:
         disk = Route(read=True, write=True)
         nothing = (STILL,) * 3
         traffic = Traffic(
-            weights=(Route(read=True),) * 6, cache=(nothing, *((disk,) * 3,) * 4, nothing), hidden=(disk,) * 3
+            weights=((Route(read=True), Route(read=True, push=True)),) * 6,
+            cache=(nothing, *((disk,) * 3,) * 4, nothing),
+            hidden=(disk,) * 3,
         )
         return Program(traffic, Rings(layers=2, cache=2, hidden=2), [True, False, False])
 
@@ -354,7 +376,7 @@ class TestTheCheckerItself:
 
 def streaming(layers: int = 5, batches: int = 3) -> Traffic:
     """Everything on disk, of a machine with an accelerator."""
-    load, both = Route(read=True, push=True), Route(True, True, True, True)
+    load, both = (Route(read=True, push=True),) * 4, Route(True, True, True, True)
     nothing = (STILL,) * batches
     return Traffic((load,) * (layers + 2), (nothing, *((both,) * batches,) * layers, nothing), (both,) * batches)
 

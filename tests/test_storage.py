@@ -311,6 +311,130 @@ class TestSpillFile:
             with pytest.raises(StoreError, match="the KV cache ends at byte 4096"):
                 spill.read(PAGE, torch.zeros(1, dtype=torch.uint8))
 
+    @given(st.data())
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_runs_are_whole_pages_that_keep_what_is_around_them(self, tmp_path, data):
+        """As a cell does it: a buffer that holds a stretch of the file is added to, and what was added is written."""
+        kept, memory = bytearray(6 * PAGE), Buffer(Ledger(), Tier.HOST, CPU, "x").ensure(6 * PAGE)
+        with contextlib.closing(SpillFile(tmp_path, Ledger(), "x")) as spill:
+            spill.reserve(PAGE)
+            start = spill.reserve(6 * PAGE)
+            spill.write(start, torch.frombuffer(kept, dtype=torch.uint8))
+            for value in range(1, 5):
+                old = data.draw(st.integers(0, 6 * PAGE))
+                first, new = data.draw(st.integers(0, old)), data.draw(st.integers(old, 6 * PAGE))
+                memory.fill_(99)
+                assert spill.read_run(start + first, memory, first, old - first) == old - first
+                assert memory[first:old].numpy().tobytes() == kept[first:old]
+                memory[old:new] = value
+                assert spill.write_run(start + old, memory, old, new - old) == new - old
+                kept[old:new] = bytes([value]) * (new - old)
+                whole = torch.zeros(6 * PAGE, dtype=torch.uint8)
+                spill.read(start, whole)
+                written = whole.numpy().tobytes()
+                assert written[:new] == kept[:new]
+                assert written[round_up(new) :] == kept[round_up(new) :]  # up to there it is not in use yet
+                kept[:] = written
+
+    def test_the_bytes_that_runs_really_move_are_counted(self, tmp_path):
+        with contextlib.closing(SpillFile(tmp_path, Ledger(), "x")) as spill:
+            spill.reserve(4 * PAGE)
+            memory = Buffer(Ledger(), Tier.HOST, CPU, "x").ensure(4 * PAGE)
+            assert (spill.write_run(PAGE - 1, memory, PAGE - 1, 2), spill.read_run(7, memory, 7, 10)) == (2, 10)
+            assert (spill.written_bytes, spill.read_bytes) == ((2, 10) if spill.notes else (2 * PAGE, PAGE))
+
+    @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="asks Linux what is in its page cache")
+    def test_runs_go_past_the_page_cache(self, tmp_path):
+        with contextlib.closing(SpillFile(tmp_path, Ledger(), "x")) as spill:
+            spill.reserve(64 * PAGE)
+            memory = Buffer(Ledger(), Tier.HOST, CPU, "x").ensure(64 * PAGE).fill_(7)
+
+            def is_cached() -> bool:
+                try:
+                    return os.preadv(spill._file.fileno(), [bytearray(PAGE)], 32 * PAGE, os.RWF_NOWAIT) > 0
+                except BlockingIOError:
+                    return False
+
+            spill.write_run(0, memory, 0, 64 * PAGE)
+            spill.read_run(0, memory, 0, 64 * PAGE)
+            try:
+                cached = is_cached()
+                spill.write(0, memory)
+                if spill.notes or not is_cached():
+                    pytest.skip("this file system does not allow O_DIRECT, or does not say what is in the cache")
+            except OSError as error:
+                pytest.skip(f"this file system does not say what is in the cache: {error.strerror}")
+            assert not cached
+
+    @pytest.mark.parametrize("when", ["opening", "moving"])
+    def test_a_file_system_without_direct_transfers(self, tmp_path, monkeypatch, when):
+        real_open, real_write = os.open, os.pwrite
+
+        def refuse(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real_open(path, flags, *args, **kwargs)
+
+        def refuse_to_move(descriptor: int, data: Any, offset: int) -> int:
+            if descriptor == spill._direct:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real_write(descriptor, data, offset)
+
+        monkeypatch.setattr(os, *(("open", refuse) if when == "opening" else ("pwrite", refuse_to_move)))
+        with contextlib.closing(SpillFile(tmp_path, Ledger(), "the KV cache")) as spill:
+            spill.reserve(2 * PAGE)
+            memory = Buffer(Ledger(), Tier.HOST, CPU, "x").ensure(2 * PAGE).fill_(5)
+            assert spill.write_run(100, memory, 100, PAGE) == PAGE
+            memory.zero_()
+            assert spill.read_run(100, memory, 100, PAGE) == PAGE
+            assert memory[100 : 100 + PAGE].unique().tolist() == [5]
+            assert (spill.written_bytes, spill.read_bytes) == (PAGE, PAGE)
+        assert spill.notes == [
+            f"the KV cache: reads and writes go through the page cache: {tmp_path} does not allow O_DIRECT"
+        ]
+
+    @pytest.mark.parametrize(("at", "start"), [(7, 0), (5, 1), (5 + 2 * PAGE, 0)])
+    def test_a_run_that_does_not_lie_as_in_the_file_is_refused(self, tmp_path, at, start):
+        with contextlib.closing(SpillFile(tmp_path, Ledger(), "x")) as spill:
+            spill.reserve(PAGE)
+            memory = Buffer(Ledger(), Tier.HOST, CPU, "x").ensure(2 * PAGE)[start:]
+            with pytest.raises(ValueError, match="does not lie in its buffer"):
+                spill.write_run(5, memory, at, 10)
+
+    def test_a_region_that_is_given_up_is_used_again(self, tmp_path):
+        ledger = Ledger({Tier.DISK: 6 * PAGE})
+        with contextlib.closing(SpillFile(tmp_path, ledger, "x")) as spill:
+            regions = [spill.reserve(2 * PAGE) for _ in range(3)]
+            spill.release(regions[1], 2 * PAGE - 5)
+            assert spill.reserve(PAGE) == regions[1]
+            assert spill.reserve(10) == regions[1] + PAGE
+            with pytest.raises(CapacityError):
+                spill.reserve(1)
+            spill.release(regions[1] + PAGE, PAGE)
+            spill.release(regions[0], 2 * PAGE)
+            spill.release(regions[1], PAGE)
+            assert spill.reserve(4 * PAGE) == regions[0]  # neighbours are one again
+            assert ledger.held(Tier.DISK) == 6 * PAGE
+
+    @given(st.lists(st.one_of(st.integers(1, 5), st.integers(-8, -1)), max_size=40))
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_regions_never_overlap_and_none_is_lost(self, tmp_path, operations):
+        ledger = Ledger()
+        with contextlib.closing(SpillFile(tmp_path, ledger, "x")) as spill:
+            used: list[tuple[int, int]] = []
+            for operation in operations:
+                if operation > 0:
+                    used.append((spill.reserve(operation * PAGE), operation * PAGE))
+                elif used:
+                    spill.release(*used.pop(operation % len(used)))
+                ends = [0, *(sum(region) for region in sorted(used))]
+                assert all(offset >= end for (offset, _), end in zip(sorted(used), ends, strict=False))
+            for region in used:
+                spill.release(*region)
+            size = ledger.held(Tier.DISK)
+            assert size == 0 or spill.reserve(size) == 0
+            assert ledger.held(Tier.DISK) == size
+
     def test_a_budget_refuses(self, tmp_path):
         ledger = Ledger({Tier.DISK: 2 * PAGE})
         with contextlib.closing(SpillFile(tmp_path, ledger, "the KV cache")) as spill:
@@ -391,7 +515,7 @@ class TestLanes:
         assert done == list(range(20))
         assert (lanes.uses["read"].steps, lanes.uses["read"].bytes) == (20, 200)
         assert lanes.uses["read"].busy_s >= 0
-        assert lanes.uses["push"] == LaneUse()
+        assert (lanes.uses["push"].busy_s, lanes.uses["push"].steps) == (0, 0)
 
     def test_a_step_waits_for_what_it_names(self):
         order: list[str] = []

@@ -1,7 +1,7 @@
 """The order of work as data: steps with the steps they wait for.
 
 One description is executed, simulated, drawn and checked. Nothing here knows bytes, tensors or threads: a `Traffic`
-says which links each piece of data crosses, `zigzag` turns it into steps, and whoever runs them looks up the rest.
+says which links each piece of data crosses, a `Schedule` turns it into steps, and whoever runs them looks up the rest.
 
 Method: the block schedule of FlexGen (arXiv 2303.06865, section 4.1): a loaded layer serves every micro-batch before
 the next layer is loaded. Instead of a barrier after every (layer, micro-batch), a step names what it waits for.
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-__all__ = ["Lane", "Rings", "Route", "Step", "StepId", "Traffic", "What", "prefetch", "zigzag"]
+__all__ = ["Lane", "Rings", "Route", "Schedule", "Step", "StepId", "Traffic", "What"]
 
 
 class Lane(str, enum.Enum):
@@ -57,18 +57,20 @@ class Route(NamedTuple):
 
 
 class StepId(NamedTuple):
-    """The name of a step. `batch` is -1 where a step serves all micro-batches."""
+    """The name of a step. `batch` is -1 where a step serves all micro-batches; `piece` counts parts of one load."""
 
     sweep: int
     lane: Lane
     what: What
     stage: int
     batch: int = -1
+    piece: int = 0
 
     def __str__(self) -> str:
         batch = f", micro-batch {self.batch}" if self.batch >= 0 else ""
+        piece = f", piece {self.piece}" if self.what is What.WEIGHTS else ""
         what = "compute" if self.what is What.STAGE else self.what
-        return f"{what} of stage {self.stage}{batch} in sweep {self.sweep}"
+        return f"{what} of stage {self.stage}{batch}{piece} in sweep {self.sweep}"
 
 
 class Step(NamedTuple):
@@ -78,19 +80,30 @@ class Step(NamedTuple):
         id: its name.
         after: names of the steps it waits for. All of them come earlier in the schedule, or belong to an earlier sweep.
         slot: which reused buffer of its ring it fills or uses, -1 if none; for a compute step, that of its cell.
+        staging: for a piece of weights that crosses both links, the buffer on the host that it passes through.
     """
 
     id: StepId
     after: tuple[StepId, ...] = ()
     slot: int = -1
+    staging: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Rings:
-    """How many reused buffers there are of each kind. More means more look-ahead and more memory."""
+    """How many reused buffers there are of each kind. More means more look-ahead and more memory.
+
+    Args:
+        layers: decoder layers whose weights can be where compute needs them.
+        outer: the same for embedding and head.
+        pieces: pieces of weights on their way from disk to device.
+        cache: cells.
+        hidden: hidden states.
+    """
 
     layers: int = 2
     outer: int = 1
+    pieces: int = 8
     cache: int = 3
     hidden: int = 3
 
@@ -100,14 +113,15 @@ class Traffic:
     """What has to move in one sweep.
 
     Args:
-        weights: a route for each stage; 0 is the embedding, the last one the head.
+        weights: for each stage a route for each piece in which its weights are moved, none if they stay where they are;
+            0 is the embedding, the last one the head.
         cache: for each stage, a route for each micro-batch. Embedding and head have none.
         hidden: a route for each micro-batch, crossed between one decoder layer and the next.
         fresh_cache: the cells are empty, so nothing is loaded (the prompt's sweep).
         tied: the head computes with the embedding's weights, which stay in their slot.
     """
 
-    weights: tuple[Route, ...]
+    weights: tuple[tuple[Route, ...], ...]
     cache: tuple[tuple[Route, ...], ...]
     hidden: tuple[Route, ...]
     fresh_cache: bool = False
@@ -124,58 +138,124 @@ class Traffic:
         return len(self.weights) - 1
 
 
-def zigzag(traffic: Traffic, sweep: int, *, rings: Rings = Rings(), overlap: bool = True) -> Iterator[Step]:
-    """All steps of one sweep in an order that every lane can take them in.
+class _Ring:
+    """Reused buffers that are taken in turn, and the last step that needs each."""
 
-    The embedding runs right before the first layer, micro-batch by micro-batch, so that no hidden states wait there.
-    The head is one step for the whole block: what reaches it is small, and its table is the largest matrix of all.
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._users: list[StepId | None] = [None] * size
+        self._uses = 0
+
+    def take(self, until: StepId) -> tuple[int, list[StepId]]:
+        """The next slot, which is in use until `until` is done, and the step that has to be done before."""
+        slot = self._uses % self.size
+        before, self._users[slot] = self._users[slot], until
+        self._uses += 1
+        return slot, ([before] if before is not None else [])
+
+    def recount(self, sweep: int, batches: int) -> None:
+        """Corrects the users in a sweep that turns out to have so many micro-batches."""
+        self._users = [
+            user._replace(batch=batches - 1) if user is not None and user.sweep == sweep and user.batch >= 0 else user
+            for user in self._users
+        ]
+
+
+class Schedule:
+    """The block schedule, sweep after sweep.
+
+    Loads of weights come in pieces, spread over the micro-batches of the layer before, so that cells and hidden states
+    never stand in line behind a whole layer. Cells and hidden states are loaded as many micro-batches ahead as their
+    rings allow. The embedding runs right before the first layer, micro-batch by micro-batch, so that no hidden states
+    wait there. The head is one step for the whole block: what reaches it is small, and its table is the largest matrix
+    of all.
+
+    It remembers which step needs each slot last, from one sweep to the next: the last cells of a sweep may still be on
+    their way to disk when the next one begins.
 
     Args:
-        traffic: what moves.
-        sweep: number of this sweep since the weights' rings were empty.
         rings: the reused buffers.
-        overlap: off chains every step to the one before it.
-
-    Yields:
-        Steps. Everything a step waits for comes before it or belongs to the sweep before.
+        overlap: off chains every step to the one before it, with every load right before it is needed.
     """
-    steps = _Zigzag(traffic, sweep, rings).steps()
-    return steps if overlap else _chained(steps)
+
+    def __init__(self, rings: Rings = Rings(), *, overlap: bool = True) -> None:
+        self.rings, self.overlap = rings, overlap
+        #: number of the next sweep
+        self.sweep = 0
+        self._empty()
+
+    def _empty(self) -> None:
+        sizes = self.rings
+        self.layers, self.outer, self.pieces = _Ring(sizes.layers), _Ring(sizes.outer), _Ring(sizes.pieces)
+        self.cache, self.hidden = _Ring(sizes.cache), _Ring(sizes.hidden)
+        self._loaded_ahead: set[int] = set()  # stages of the next sweep
+
+    def restart(self) -> None:
+        """Forgets what is in the slots, after a run that was stopped. No step of it may be at work."""
+        self._empty()
+        self.sweep += 1
+
+    def steps(self, traffic: Traffic, following: Traffic | None = None) -> list[Step]:
+        """All steps of one sweep in an order that every lane can take them in.
+
+        Args:
+            traffic: what moves.
+            following: what will move in the sweep after it, if one will come: its first layers are loaded while this
+                one ends, and its embedding once the head has left the slot.
+
+        Returns:
+            Steps. Everything a step waits for comes before it or belongs to the sweep before.
+        """
+        for ring in (self.layers, self.outer):  # what was loaded ahead may be for another call, of another block
+            ring.recount(self.sweep, traffic.num_batches)
+        steps = list(_Sweep(self, traffic, self.sweep, self._loaded_ahead).steps())
+        self._loaded_ahead = set()
+        self.sweep += 1
+        if not self.overlap:
+            return list(_chained(steps))
+        if following is not None:
+            steps += self._loads_ahead(following)
+        return steps
+
+    def _loads_ahead(self, traffic: Traffic) -> Iterator[Step]:
+        # The layers come first: the embedding's slot is the head's, which is needed until the very end.
+        sweep = _Sweep(self, traffic, self.sweep, set())
+        for stage in (*range(1, 1 + min(self.rings.layers, traffic.head - 1)), 0):
+            self._loaded_ahead.add(stage)
+            yield from sweep.load_weights(stage)
 
 
-def prefetch(traffic: Traffic, sweep: int, *, rings: Rings = Rings()) -> Iterator[Step]:
-    """The weight loads of sweep `sweep` that can start while sweep `sweep - 1` ends: its first stages.
+class _Sweep:
+    """The steps of one sweep; takes slots from the schedule's rings."""
 
-    `zigzag` yields the same steps; a runner takes each once. The layers come first here: the embedding's slot is the
-    head's, which is needed until the very end.
-    """
-    loads = _Zigzag(traffic, sweep, rings)
-    yield from loads.first_layers()
-    yield from loads.load_weights(0)
-
-
-class _Zigzag:
-    def __init__(self, traffic: Traffic, sweep: int, rings: Rings) -> None:
-        self.traffic, self.sweep, self.rings = traffic, sweep, rings
-        # The step that frees each use of a slot, in order of use. Those of cache slots begin with the sweep before,
-        # whose last cells may still be on their way home; hidden states are free when a sweep ends.
-        self.cache_uses = self._last_cache_uses()
-        self.hidden_uses: list[StepId] = []
+    def __init__(self, schedule: Schedule, traffic: Traffic, sweep: int, loaded: set[int]) -> None:
+        self.schedule, self.traffic, self.sweep, self.loaded = schedule, traffic, sweep, loaded
+        self.visits = [(stage, batch) for stage in range(1, traffic.head) for batch in range(traffic.num_batches)]
+        self.ready: dict[tuple[What, int, int], tuple[int, list[StepId]]] = {}  # visit -> slot, what compute waits for
+        self.begun = {What.CACHE: 0, What.HIDDEN: 0}
 
     def steps(self) -> Iterator[Step]:
-        traffic, ahead = self.traffic, self.rings.layers - 1
-        last = traffic.head - 1
+        traffic, rings = self.traffic, self.schedule.rings
+        ahead = rings.layers - 1
+        last, batches = traffic.head - 1, traffic.num_batches
+        cells, hidden = iter(self.visits), iter(self.visits)
         yield from self.load_weights(0)
-        yield from self.first_layers()
-        for stage in range(1, traffic.head):
-            if not ahead and stage > 1:
+        yield from self.load_weights(1)
+        for stage in range(2, 1 + min(ahead, last)):
+            yield from self.load_weights(stage)
+        for number, (stage, batch) in enumerate(self.visits):
+            if not ahead and batch == 0:
                 yield from self.load_weights(stage)
-            for batch in range(traffic.num_batches):
-                if stage == 1:
-                    yield self.compute(0, batch)
-                yield from self.visit(stage, batch)
-                if batch == 0:  # behind the first cell: what is needed now must not stand in line behind what is not
-                    yield from self.loads_ahead(stage, ahead)
+            if batch == 0:
+                upcoming = list(self.loads_ahead(stage, ahead))
+            # How far ahead: a slot fewer than there are, because the one in use is not free; and what is not yet
+            # written cannot be read, so hidden states not farther than the layer before has come.
+            yield from self.loads(What.CACHE, cells, number + rings.cache)
+            yield from self.loads(What.HIDDEN, hidden, number + min(rings.hidden, batches))
+            if stage == 1:
+                yield self.compute(0, batch)
+            yield from self.visit(stage, batch)
+            yield from upcoming[len(upcoming) * batch // batches : len(upcoming) * (batch + 1) // batches]
         if last == 1:  # with a single layer, the embedding leaves the slot only now
             yield from self.load_weights(traffic.head)
         yield self.compute(traffic.head, -1)
@@ -183,111 +263,87 @@ class _Zigzag:
     def loads_ahead(self, stage: int, ahead: int) -> Iterator[Step]:
         """The weights that are loaded while `stage` computes."""
         last = self.traffic.head - 1
-        if ahead and stage + ahead <= last and stage + ahead not in self._first_layers():
+        if ahead and stage + ahead <= last:
             yield from self.load_weights(stage + ahead)
         if stage == last > 1:
             yield from self.load_weights(self.traffic.head)
 
-    def first_layers(self) -> Iterator[Step]:
-        for stage in self._first_layers():
-            yield from self.load_weights(stage)
-
-    def _first_layers(self) -> range:
-        """The layers whose weights can be loaded while none has run: as many as there is look-ahead, at least one."""
-        return range(1, 1 + min(max(1, self.rings.layers - 1), self.traffic.head - 1))
-
     def visit(self, stage: int, batch: int) -> Iterator[Step]:
-        """One micro-batch in one decoder layer: its cell and hidden states in, compute, both out."""
+        """One micro-batch in one decoder layer: compute, and its cell and hidden states on their way home."""
         cell, hidden = self.traffic.cache[stage][batch], self.traffic.hidden[batch]
-        cache_slot, hidden_slot = -1, -1
-        after: list[StepId] = []
-        if cell.moves:
-            cache_slot, free = self._slot(self.cache_uses, self.rings.cache)
-            load = list(self._load(What.CACHE, stage, batch, cell, cache_slot, free))
-            yield from load
-            after += [load[-1].id] if load else free
-        if hidden.moves and stage > 1:
-            hidden_slot, free = self._slot(self.hidden_uses, self.rings.hidden)
-            load = list(self._load(What.HIDDEN, stage, batch, hidden, hidden_slot, free))
-            yield from load
-            after += [load[-1].id] if load else free
-        compute = self.compute(stage, batch, tuple(after))._replace(slot=cache_slot)
+        slot, after = self.ready.pop((What.CACHE, stage, batch), (-1, []))
+        _, after_hidden = self.ready.pop((What.HIDDEN, stage, batch), (-1, []))
+        compute = self.compute(stage, batch, (*after, *after_hidden))._replace(slot=slot)
         yield compute
         if cell.moves:
-            yield from self._store(What.CACHE, stage, batch, cell, cache_slot, compute.id)
-            self.cache_uses.append(self._freed_by(cell, self.sweep, stage, batch))
-        if hidden_slot >= 0:
-            self.hidden_uses.append(compute.id)  # layers return a new tensor; the loaded one is free again
+            yield from self._store(What.CACHE, stage, batch, cell, slot, compute.id)
         if hidden.moves and stage < self.traffic.head - 1:
             yield from self._store(What.HIDDEN, stage, batch, hidden, -1, compute.id)
 
-    @staticmethod
-    def _freed_by(cell: Route, sweep: int, stage: int, batch: int) -> StepId:
+    def loads(self, what: What, visits: Iterator[tuple[int, int]], until: int) -> Iterator[Step]:
+        """The loads of all visits before number `until` that are still to come."""
+        while self.begun[what] < until:
+            self.begun[what] += 1
+            visit = next(visits, None)
+            if visit is None:
+                return
+            yield from self.load(what, *visit)
+
+    def load(self, what: What, stage: int, batch: int) -> Iterator[Step]:
+        """A cell or hidden states into a slot."""
+        is_cell = what is What.CACHE
+        route = self.traffic.cache[stage][batch] if is_cell else self.traffic.hidden[batch]
+        if not route.moves or (stage == 1 and not is_cell):
+            return
+        # Layers return new hidden states; those that were loaded are free again after compute.
+        until = self._freed_by(route, stage, batch) if is_cell else self.compute(stage, batch).id
+        slot, free = (self.schedule.cache if is_cell else self.schedule.hidden).take(until)
+        steps = []
+        if not (is_cell and self.traffic.fresh_cache):
+            ready = self._home_ready(what, stage, batch, route)
+            steps = list(self._load(what, stage, batch, route, slot, [*free, *ready]))
+        yield from steps
+        self.ready[what, stage, batch] = (slot, [steps[-1].id] if steps else free)
+
+    def _freed_by(self, cell: Route, stage: int, batch: int) -> StepId:
         """The last step that uses a cell's slot."""
         if cell.write:
-            return StepId(sweep, Lane.HOST_TO_DISK, What.CACHE, stage, batch)
+            return StepId(self.sweep, Lane.HOST_TO_DISK, What.CACHE, stage, batch)
         if cell.pull:
-            return StepId(sweep, Lane.DEVICE_TO_HOST, What.CACHE, stage, batch)
-        return StepId(sweep, Lane.COMPUTE, What.STAGE, stage, batch)
+            return StepId(self.sweep, Lane.DEVICE_TO_HOST, What.CACHE, stage, batch)
+        return StepId(self.sweep, Lane.COMPUTE, What.STAGE, stage, batch)
 
-    def _last_cache_uses(self) -> list[StepId]:
-        """The uses of the cache slots in the sweep before, padded so that slots are counted from 0 in every sweep."""
-        cells = [
-            (route, stage, batch)
-            for stage, batches in enumerate(self.traffic.cache)
-            for batch, route in enumerate(batches)
-            if route.moves
-        ]
-        if self.sweep == 0 or not cells:
-            return []
-        uses = [self._freed_by(route, self.sweep - 1, stage, batch) for route, stage, batch in cells]
-        size = self.rings.cache
-        newest = {use % size: name for use, name in enumerate(uses)}
-        return [newest.get(slot, uses[-1]) for slot in range(size)]
-
-    def compute(self, stage: int, batch: int, after: tuple[StepId, ...] = ()) -> Step:
+    def compute(self, stage: int, batch: int, after: Iterable[StepId] = ()) -> Step:
         source = 0 if self.traffic.tied and stage == self.traffic.head else stage
-        route = self.traffic.weights[source]
-        wait = (*after, *self._arrival(What.WEIGHTS, source, -1, route))
-        return Step(StepId(self.sweep, Lane.COMPUTE, What.STAGE, stage, batch), wait)
+        arrivals = (self._arrival(source, piece, route) for piece, route in enumerate(self.traffic.weights[source]))
+        return Step(StepId(self.sweep, Lane.COMPUTE, What.STAGE, stage, batch), (*after, *arrivals))
+
+    def _arrival(self, stage: int, piece: int, route: Route) -> StepId:
+        """The step after which a piece of weights is where compute needs it."""
+        lane = Lane.HOST_TO_DEVICE if route.push else Lane.DISK_TO_HOST
+        return StepId(self.sweep, lane, What.WEIGHTS, stage, -1, piece)
 
     def load_weights(self, stage: int) -> Iterator[Step]:
-        route = self.traffic.weights[stage]
-        if not route.moves:
+        """All pieces of a stage's weights into one slot, unless the sweep before has loaded them."""
+        pieces = self.traffic.weights[stage]
+        if not pieces or stage in self.loaded:
             return
-        slot, free = self._weights_slot(stage)
-        yield from self._load(What.WEIGHTS, stage, -1, route, slot, free)
+        self.loaded.add(stage)
+        user = self.traffic.head if stage == 0 and self.traffic.tied else stage
+        until = self.compute(user, -1 if user == self.traffic.head else self.traffic.num_batches - 1).id
+        ring = self.schedule.outer if stage in (0, self.traffic.head) else self.schedule.layers
+        slot, free = ring.take(until)
+        for piece, route in enumerate(pieces):
+            staging, after = -1, free
+            name = StepId(self.sweep, Lane.DISK_TO_HOST, What.WEIGHTS, stage, -1, piece)
+            if route.read and route.push:  # the slot itself is needed by the second link only
+                staging, after = self.schedule.pieces.take(name._replace(lane=Lane.HOST_TO_DEVICE))
+                yield Step(name, tuple(after), slot, staging)
+                yield Step(name._replace(lane=Lane.HOST_TO_DEVICE), (*free, name), slot, staging)
+            else:
+                yield Step(name if route.read else name._replace(lane=Lane.HOST_TO_DEVICE), tuple(after), slot)
 
-    def _weights_slot(self, stage: int) -> tuple[int, list[StepId]]:
-        """The slot of a stage's weights, and the last compute step of the stage that had it before."""
-        traffic, layers = self.traffic, self.traffic.head - 1
-        if stage in (0, traffic.head):
-            use, size = 2 * self.sweep + (stage > 0), self.rings.outer
-            before = divmod(use - size, 2)
-            owner = (before[0], traffic.head if before[1] else 0)
-        else:
-            use, size = layers * self.sweep + stage - 1, self.rings.layers
-            before = divmod(use - size, layers)
-            owner = (before[0], before[1] + 1)
-        last = -1 if owner[1] == traffic.head else traffic.num_batches - 1
-        free = [StepId(owner[0], Lane.COMPUTE, What.STAGE, owner[1], last)] if owner[0] >= 0 else []
-        return use % size, free
-
-    @staticmethod
-    def _slot(uses: list[StepId], size: int) -> tuple[int, list[StepId]]:
-        use = len(uses)
-        return use % size, ([uses[use - size]] if use >= size else [])
-
-    def _arrival(self, what: What, stage: int, batch: int, route: Route) -> list[StepId]:
-        """The step after which the data is on the device; none if it does not move."""
-        if route.push:
-            return [StepId(self.sweep, Lane.HOST_TO_DEVICE, what, stage, batch)]
-        return [StepId(self.sweep, Lane.DISK_TO_HOST, what, stage, batch)] if route.read else []
-
-    def _load(self, what: What, stage: int, batch: int, route: Route, slot: int, free: list[StepId]) -> Iterator[Step]:
-        if what is What.CACHE and self.traffic.fresh_cache:
-            return
-        after = [*free, *self._home_ready(what, stage, batch, route)]
+    def _load(self, what: What, stage: int, batch: int, route: Route, slot: int, after: list[StepId]) -> Iterator[Step]:
         if route.read:
             step = Step(StepId(self.sweep, Lane.DISK_TO_HOST, what, stage, batch), tuple(after), slot)
             yield step
@@ -306,16 +362,16 @@ class _Zigzag:
 
     def _home_ready(self, what: What, stage: int, batch: int, route: Route) -> list[StepId]:
         """The store that brought the data home: a cell's in the sweep before, hidden states' in the layer before."""
-        if what is What.WEIGHTS or not (route.write or route.pull):
+        if not (route.write or route.pull):
             return []
         lane = Lane.HOST_TO_DISK if route.write else Lane.DEVICE_TO_HOST
         sweep, stage = (self.sweep - 1, stage) if what is What.CACHE else (self.sweep, stage - 1)
         return [StepId(sweep, lane, what, stage, batch)]
 
 
-def _chained(steps: Iterator[Step]) -> Iterator[Step]:
+def _chained(steps: list[Step]) -> Iterator[Step]:
     """The same steps, each waiting for the one before it as well; loads move down to right before they are needed."""
-    ordered = _just_in_time(list(steps))
+    ordered = _just_in_time(steps)
     previous: tuple[StepId, ...] = ()
     for step in ordered:
         yield step._replace(after=(*step.after, *previous))

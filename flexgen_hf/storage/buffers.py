@@ -31,10 +31,12 @@ class Buffer:
         tier: `Tier.DEVICE` or `Tier.HOST`.
         device: where `Tier.DEVICE` is.
         what: the name under which it is accounted for.
+        pinned: host memory from which an accelerator's link copies at its full speed. There is little of it: for
+            staging, not for homes.
     """
 
-    def __init__(self, ledger: Ledger, tier: Tier, device: torch.device, what: str) -> None:
-        self._ledger, self._tier, self._what = ledger, tier, what
+    def __init__(self, ledger: Ledger, tier: Tier, device: torch.device, what: str, *, pinned: bool = False) -> None:
+        self._ledger, self._tier, self._what, self._pinned = ledger, tier, what, pinned and tier is Tier.HOST
         self._device = device if tier is Tier.DEVICE else torch.device("cpu")
         self._bytes: torch.Tensor | None = None
 
@@ -61,8 +63,8 @@ class Buffer:
             self.free()
             self._ledger.take(self._tier, nbytes, self._what)
             try:
-                self._bytes = _allocate(nbytes, self._device)
-            except (OSError, OverflowError, torch.OutOfMemoryError) as error:
+                self._bytes = _allocate(nbytes, self._device, self._pinned)
+            except (OSError, OverflowError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
                 self._ledger.give(self._tier, nbytes, self._what)
                 raise CapacityError(
                     f"{self._what} needs {gib(nbytes)} on the {self._tier} tier, which the system refuses ({error}); "
@@ -77,7 +79,9 @@ class Buffer:
             self._bytes = None
 
 
-def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+def _allocate(nbytes: int, device: torch.device, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     return torch.frombuffer(_anonymous(nbytes), dtype=torch.uint8)

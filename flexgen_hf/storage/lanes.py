@@ -2,16 +2,17 @@
 
 A lane is a thread that takes its work in order; before each piece it waits for the tickets that the piece names. Work
 is submitted in an order in which everything waited for comes first, so lanes cannot wait for each other in a circle.
+A lane with several workers keeps that many pieces of work in flight; they begin in order and may end in another.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import StepError
@@ -61,46 +62,82 @@ class Ticket:
 
 
 class Event(NamedTuple):
-    """A piece of work that a lane did, between two values of `time.perf_counter()`."""
+    """A piece of work that a worker of a lane did, between two values of `time.perf_counter()`."""
 
     name: Any
     started: float
     ended: float
     bytes: int
+    worker: int = 0
 
 
 # A trace of the last steps is what one looks at; a night's job must not collect millions.
 _KEPT_EVENTS = 100_000
 
 
-@dataclasses.dataclass
 class LaneUse:
-    """What a lane did: seconds at work, bytes moved, pieces of work."""
+    """What a lane did: seconds at work, bytes moved, pieces of work.
 
-    busy_s: float = 0.0
-    bytes: int = 0
-    steps: int = 0
-    events: collections.deque[Event] = dataclasses.field(
-        default_factory=lambda: collections.deque(maxlen=_KEPT_EVENTS), repr=False, compare=False
-    )
+    A lane may have several workers: it is busy while any of them is.
+    """
 
-    def add(self, name: Any, started: float, nbytes: int = 0) -> None:
-        """Notes a piece of work that ends now; `started` is a `time.perf_counter()`."""
-        ended = time.perf_counter()
-        self.busy_s += ended - started
-        self.bytes += nbytes
-        self.steps += 1
-        self.events.append(Event(name, started, ended, nbytes))
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.steps = 0
+        #: the last pieces of work
+        self.events: collections.deque[Event] = collections.deque(maxlen=_KEPT_EVENTS)
+        self._lock = threading.Lock()
+        self._at_work = 0
+        self._since = 0.0  # a change of who is at work
+        self._busy_s = 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds at work until now."""
+        with self._lock:
+            running = time.perf_counter() - self._since if self._at_work else 0.0
+            return self._busy_s + running
+
+    def begin(self) -> float:
+        """Notes that a piece of work begins; returns the `time.perf_counter()`."""
+        with self._lock:
+            now = time.perf_counter()
+            if not self._at_work:
+                self._since = now
+            self._at_work += 1
+            return now
+
+    def end(self, name: Any, started: float, nbytes: int = 0, worker: int = 0) -> None:
+        """Notes that the piece of work that began at `started` is done."""
+        with self._lock:
+            now = time.perf_counter()
+            self._at_work -= 1
+            if not self._at_work:
+                self._busy_s += now - self._since
+            self.bytes += nbytes
+            self.steps += 1
+            self.events.append(Event(name, started, now, nbytes, worker))
+
+    @contextlib.contextmanager
+    def at_work(self, name: Any) -> Iterator[None]:
+        """Notes a piece of work that moves no bytes, as long as the context lasts, also if it fails."""
+        started = self.begin()
+        try:
+            yield
+        finally:
+            self.end(name, started)
 
 
 _Work = Callable[[], int]
 
 
 class Lanes:
-    """A set of named lanes, each a thread. Use as a context manager, or call `close`.
+    """A set of named lanes, each one thread or more. Use as a context manager, or call `close`.
 
     Args:
         names: names of the lanes.
+        workers: threads of a lane, one if it is not named.
+        around: entered by each thread before its first piece of work: it sets up what belongs to a thread.
         before_step: called as `before_step(lane, step)` in the lane's thread before each piece of work; for tests
             that inject delays and errors.
         uses: where to add up what each lane does; survives `close`.
@@ -110,6 +147,8 @@ class Lanes:
         self,
         names: Iterable[str],
         *,
+        workers: Mapping[str, int] | None = None,
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         before_step: Callable[[str, Any], None] | None = None,
         uses: Mapping[str, LaneUse] | None = None,
     ) -> None:
@@ -117,13 +156,24 @@ class Lanes:
         self.uses = uses if uses is not None else {name: LaneUse() for name in names}
         self._before_step = before_step
         self._queues: dict[str, queue.SimpleQueue[tuple[Ticket, _Work, tuple[Ticket, ...]] | None]] = {}
-        self._threads = []
+        self._threads: list[tuple[str, threading.Thread]] = []
         self._cancelled = False
+        self._around = around
+        ready = []
         for name in names:
             self._queues[name] = queue.SimpleQueue()
-            thread = threading.Thread(target=self._serve, args=(name,), name=f"flexgen-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            for worker in range((workers or {}).get(name, 1)):
+                title = f"flexgen-{name}-{worker}" if worker else f"flexgen-{name}"
+                ready.append(Ticket(title))
+                thread = threading.Thread(target=self._serve, args=(name, worker, ready[-1]), name=title, daemon=True)
+                self._threads.append((name, thread))
+                thread.start()
+        try:
+            for ticket in ready:
+                ticket.wait()
+        except BaseException:
+            self.close(cancel=True)
+            raise
 
     def submit(self, lane: str, name: Any, work: _Work, after: Iterable[Ticket] = ()) -> Ticket:
         """Queues `work`, which returns the bytes it moved, behind everything submitted to `lane` before.
@@ -140,9 +190,9 @@ class Lanes:
     def close(self, cancel: bool = False) -> None:
         """Ends the threads after the work they have, or with `cancel` without it (tickets then fail)."""
         self._cancelled = self._cancelled or cancel
-        for waiting in self._queues.values():
-            waiting.put(None)
-        for thread in self._threads:
+        for lane, _ in self._threads:
+            self._queues[lane].put(None)
+        for _, thread in self._threads:
             thread.join()
         self._threads = []
 
@@ -152,15 +202,23 @@ class Lanes:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.close(cancel=error_type is not None)
 
-    def _serve(self, lane: str) -> None:
+    def _serve(self, lane: str, worker: int, ready: Ticket) -> None:
+        try:
+            with self._around():
+                ready.finish()
+                self._work(lane, worker)
+        except BaseException as error:  # noqa: BLE001  carried to whoever made the lanes
+            ready.finish(error)
+
+    def _work(self, lane: str, worker: int) -> None:
         waiting, use = self._queues[lane], self.uses[lane]
         while (item := waiting.get()) is not None:
             ticket, work, after = item
-            ticket.finish(self._run(lane, use, ticket, work, after))
+            ticket.finish(self._run(lane, worker, use, ticket, work, after))
             del item, ticket, work, after  # a thread that waits must not keep buffers alive
 
     def _run(
-        self, lane: str, use: LaneUse, ticket: Ticket, work: _Work, after: tuple[Ticket, ...]
+        self, lane: str, worker: int, use: LaneUse, ticket: Ticket, work: _Work, after: tuple[Ticket, ...]
     ) -> BaseException | None:
         try:
             for before in after:
@@ -169,7 +227,7 @@ class Lanes:
             return error
         if self._cancelled:
             return StepError(lane, str(ticket.name), InterruptedError("the run was stopped"))
-        started, moved = time.perf_counter(), 0
+        started, moved = use.begin(), 0
         try:
             if self._before_step is not None:
                 self._before_step(lane, ticket.name)
@@ -177,5 +235,5 @@ class Lanes:
         except BaseException as error:  # noqa: BLE001  carried to the caller by the ticket
             return StepError(lane, str(ticket.name), error)
         finally:
-            use.add(ticket.name, started, moved)
+            use.end(ticket.name, started, moved, worker)
         return None

@@ -6,6 +6,7 @@ checkpoint and a store of ours are the same thing here.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ __all__ = ["StoredTensor", "WeightStore"]
 
 # Tensors this close together in a file are read with the bytes between them: one request is cheaper than two.
 _GAP_BYTES = 16 << 10
+
+# Large enough for the full speed of disks and links, small enough that a cell does not wait long behind one.
+_PIECE_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A contiguous part of a file that is read with one request into one part of a staging buffer."""
+    """A contiguous part of a file that is read with one request into one part of a buffer."""
 
     file: Path
     offset: int
@@ -75,21 +79,51 @@ class _Run:
     at: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """Elements of a tensor that cross to the device together.
+
+    Args:
+        tensor: whose they are.
+        first: the first of them.
+        count: how many.
+        at: where their bytes begin in the memory that they come from.
+    """
+
+    tensor: StoredTensor
+    first: int
+    count: int
+    at: int
+
+
+@dataclasses.dataclass
+class _Piece:
+    """A part of a stage's weights that moves as one: from disk into its place, through staging, or from the host."""
+
+    runs: list[_Run] = dataclasses.field(default_factory=list)
+    segments: list[_Segment] = dataclasses.field(default_factory=list)
+
+    @property
+    def route(self) -> Route:
+        return Route(read=bool(self.runs), push=bool(self.segments))
+
+    @property
+    def staging_bytes(self) -> int:
+        """Size of the buffer that it passes through; 0 if it is read into its place."""
+        return max((round_up(run.at + run.nbytes) for run in self.runs), default=0) if self.segments else 0
+
+
 @dataclasses.dataclass
 class _Stage:
     """The streamed weights of one stage: where each byte is, in which slot it arrives."""
 
     host: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the host arena
-    disk: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the staging buffer
-    runs: list[_Run] = dataclasses.field(default_factory=list)
-    pushed: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the device slot
+    in_place: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # read where they are used
+    pushed: dict[str, tuple[StoredTensor, int]] = dataclasses.field(default_factory=dict)  # offset in the device slot
+    pieces: list[_Piece] = dataclasses.field(default_factory=list)
     arena: Buffer | None = None
-    staging_bytes: int = 0
+    host_bytes: int = 0  # of the slot that tensors are read into in place
     device_bytes: int = 0
-
-    @property
-    def route(self) -> Route:
-        return Route(read=bool(self.runs), push=bool(self.pushed))
 
 
 class WeightStore:
@@ -117,10 +151,13 @@ class WeightStore:
         self._tensors, self._homes = list(tensors), dict(homes)
         self._resident: dict[str, torch.Tensor] = {}
         self._resident_bytes = self._disk_bytes = 0  # as the account has them
+        #: how often each tensor was cast to the dtype of compute
+        self.casts: collections.Counter[str] = collections.Counter()
         self._stages = [_Stage() for _ in range(num_stages)]
         for stage, members in enumerate(self._by_stage(num_stages)):
             self._stages[stage] = self._lay_out(members)
         self._slots = self._make_slots()
+        self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
 
     # -------------------------------------------------------------------------------------------------- what there is
     @property
@@ -133,9 +170,9 @@ class WeightStore:
         """Bytes read from disk in one sweep."""
         return sum(t.stored_bytes for t in self._tensors if self._homes[t.name] is Tier.DISK)
 
-    def routes(self) -> tuple[Route, ...]:
-        """The links that each stage's weights cross in the next sweep."""
-        return tuple(stage.route for stage in self._stages)
+    def routes(self) -> tuple[tuple[Route, ...], ...]:
+        """For each stage the links that each piece of its weights crosses in a sweep."""
+        return tuple(tuple(piece.route for piece in stage.pieces) for stage in self._stages)
 
     def resident(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors whose home is the device, by name."""
@@ -144,14 +181,13 @@ class WeightStore:
     def tensors(self, stage: int, slot: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a stage that are not resident, by name, as they arrived in `slot`."""
         plan = self._stages[stage]
-        pushed = {tensor.name for tensor, _ in plan.pushed}
-        staging, device = self._buffers(stage, slot)
-        for memory, part in ((plan.arena, plan.host), (staging, plan.disk)):
+        host, device = self._buffers(stage, slot)
+        for memory, part in ((plan.arena, plan.host), (host, plan.in_place)):
             for tensor, at in part:
-                if tensor.name not in pushed:
+                if tensor.name not in plan.pushed:
                     assert memory is not None
                     yield tensor.name, tensor_view(memory.bytes, at, tensor.stored_dtype, tensor.extent.shape)
-        for tensor, at in plan.pushed:
+        for tensor, at in plan.pushed.values():
             assert device is not None
             yield tensor.name, tensor_view(device.bytes, at, tensor.dtype, tensor.extent.shape)
 
@@ -169,41 +205,46 @@ class WeightStore:
             for buffer, nbytes in buffers:
                 if nbytes:
                     buffer.ensure(nbytes)
+        staged = [piece.staging_bytes for plan in self._stages for piece in plan.pieces if piece.staging_bytes]
+        for buffer in self._staging if staged else ():
+            buffer.ensure(max(staged))
         for loaded in itertools.chain(self._fill_arenas(), self._make_resident()):
             if progress is not None:
                 progress(loaded)
 
-    def read(self, stage: int, slot: int) -> int:
-        """Disk to host: the stage's streamed bytes into a staging buffer; returns how many."""
-        staging, _ = self._buffers(stage, slot)
-        assert staging is not None
-        moved = 0
-        for run in self._stages[stage].runs:
-            moved += self._files.read_run(run.file, run.offset, staging.bytes, run.at, run.nbytes)
-        return moved
+    def read(self, stage: int, piece: int, slot: int, staging: int) -> int:
+        """Disk to host: a piece of a stage's weights into its place or a staging buffer; returns its bytes."""
+        part = self._stages[stage].pieces[piece]
+        target = self._staging[staging] if part.segments else self._buffers(stage, slot)[0]
+        assert target is not None
+        return sum(self._files.read_run(r.file, r.offset, target.bytes, r.at, r.nbytes) for r in part.runs)
 
-    def push(self, stage: int, slot: int) -> int:
+    def push(self, stage: int, piece: int, slot: int, staging: int) -> int:
         """Host to device, cast to the dtype of compute on the way; returns the bytes that crossed."""
         plan = self._stages[stage]
-        staging, device = self._buffers(stage, slot)
+        part = plan.pieces[piece]
+        source = self._staging[staging] if part.runs else plan.arena
+        _, device = self._buffers(stage, slot)
         assert device is not None
-        sources = {t.name: (plan.arena, at) for t, at in plan.host} | {t.name: (staging, at) for t, at in plan.disk}
+        assert source is not None
         moved = 0
-        for tensor, at in plan.pushed:
-            memory, start = sources[tensor.name]
-            assert memory is not None
-            source = tensor_view(memory.bytes, start, tensor.stored_dtype, tensor.extent.shape)
-            tensor_view(device.bytes, at, tensor.dtype, tensor.extent.shape).copy_(source)
-            moved += tensor.stored_bytes
+        for segment in part.segments:
+            tensor, shape = segment.tensor, (segment.count,)
+            start = plan.pushed[tensor.name][1] + segment.first * tensor.dtype.itemsize
+            given = tensor_view(source.bytes, segment.at, tensor.stored_dtype, shape)
+            self._space.copy(tensor_view(device.bytes, start, tensor.dtype, shape), given)
+            moved += segment.count * tensor.stored_dtype.itemsize
+            if tensor.is_cast and segment.first == 0:
+                self.casts[tensor.name] += 1
         return moved
 
     def fetch_now(self, stage: int, slot: int = 0) -> None:
-        """Reads and pushes a stage in the calling thread; no lane may be using its slot."""
-        route = self.routes()[stage]
-        if route.read:
-            self.read(stage, slot)
-        if route.push:
-            self.push(stage, slot)
+        """Reads and pushes a stage in the calling thread; no lane may be using its slot or the staging buffers."""
+        for piece, route in enumerate(self.routes()[stage]):
+            if route.read:
+                self.read(stage, piece, slot, 0)
+            if route.push:
+                self.push(stage, piece, slot, 0)
 
     @property
     def notes(self) -> list[str]:
@@ -222,6 +263,8 @@ class WeightStore:
         for buffers in self._slots.values():
             for buffer, _ in buffers:
                 buffer.free()
+        for buffer in self._staging:
+            buffer.free()
         for plan in self._stages:
             if plan.arena is not None:
                 plan.arena.free()
@@ -245,27 +288,32 @@ class WeightStore:
         if plan.host:
             plan.arena = Buffer(self._space.ledger, Tier.HOST, self._space.device, "weights")
         disk = [tensor for tensor in members if self._homes[tensor.name] is Tier.DISK]
-        plan.runs, plan.disk, plan.staging_bytes = _runs(disk)
+        if self._space.is_direct and not any(tensor.is_cast for tensor in disk):
+            runs, plan.in_place, plan.host_bytes = _runs(disk)
+            plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
+            moved = []
+        else:
+            plan.pieces, moved = _staged_pieces(disk), disk
         at = 0
-        for tensor, _ in (*plan.host, *plan.disk):
-            if not self._space.is_direct or tensor.is_cast:
-                plan.pushed.append((tensor, at))
-                at += round_up(tensor.device_bytes, 64)
+        for tensor in (*moved, *(t for t, _ in plan.host if not self._space.is_direct or t.is_cast)):
+            plan.pushed[tensor.name] = (tensor, at)
+            at += round_up(tensor.device_bytes, 64)
         plan.device_bytes = at
+        plan.pieces += _host_pieces([(t, at) for t, at in plan.host if t.name in plan.pushed])
         return plan
 
     def _make_slots(self) -> dict[tuple[str, int], list[tuple[Buffer, int]]]:
-        """For each slot a staging buffer on the host and one on the device, with the bytes they must hold."""
+        """For each slot a buffer on the host and one on the device, with the bytes they must hold."""
         slots = {}
         for ring, size, stages in (
             ("layers", self._space.rings.layers, self._stages[1:-1]),
             ("outer", self._space.rings.outer, [self._stages[0], self._stages[-1]]),
         ):
-            staging = max((plan.staging_bytes for plan in stages), default=0)
+            host = max((plan.host_bytes for plan in stages), default=0)
             device = max((plan.device_bytes for plan in stages), default=0)
             for slot in range(size):
                 slots[ring, slot] = [
-                    (Buffer(self._space.ledger, Tier.HOST, self._space.device, "weight slots"), staging),
+                    (Buffer(self._space.ledger, Tier.HOST, self._space.device, "weight slots"), host),
                     (Buffer(self._space.ledger, Tier.DEVICE, self._space.device, "weight slots"), device),
                 ]
         return slots
@@ -275,10 +323,10 @@ class WeightStore:
 
     def _buffers(self, stage: int, slot: int) -> tuple[Buffer | None, Buffer | None]:
         plan = self._stages[stage]
-        if slot < 0 or not plan.route.moves:
+        if slot < 0 or not plan.pieces:
             return None, None
-        (staging, _), (device, _) = self._slots[self._key(stage, slot)]
-        return staging, device
+        (host, _), (device, _) = self._slots[self._key(stage, slot)]
+        return host, device
 
     def _fill_arenas(self) -> Iterator[int]:
         for plan in self._stages:
@@ -300,21 +348,71 @@ class WeightStore:
 
 
 def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, int]], int]:
-    """Groups extents into long reads, and says where in a staging buffer each tensor lands.
+    """Groups extents into long reads, and says where in a buffer each tensor lands, and how large that must be."""
+    runs: list[_Run] = []
+    ordered = sorted(tensors, key=lambda t: (str(t.extent.file), t.extent.offset))
+    places = [(t, _add_run(runs, t.extent.file, t.extent.offset, t.stored_bytes)) for t in ordered]
+    return runs, places, round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
+
+
+def _parts(run: _Run) -> Iterator[_Run]:
+    """A long read in parts that begin on pages of the file, so that no two of them touch the same page."""
+    done = 0
+    while done < run.nbytes:
+        size = min(_PIECE_BYTES - (run.offset + done) % PAGE, run.nbytes - done)
+        yield _Run(run.file, run.offset + done, size, run.at + done)
+        done += size
+
+
+def _staged_pieces(tensors: Sequence[StoredTensor]) -> list[_Piece]:
+    """Cuts extents into pieces that each fit a staging buffer, between elements; short extents share one."""
+    pieces: list[_Piece] = []
+    filled = _PIECE_BYTES
+    for tensor in sorted(tensors, key=lambda t: (str(t.extent.file), t.extent.offset)):
+        size, total = tensor.stored_dtype.itemsize, tensor.stored_bytes // tensor.stored_dtype.itemsize
+        first = 0
+        while first < total:
+            room = (_PIECE_BYTES - filled) // size
+            if room <= 0:
+                pieces.append(_Piece())
+                filled, room = 0, _PIECE_BYTES // size
+            piece, count = pieces[-1], min(room, total - first)
+            at = _add_run(piece.runs, tensor.extent.file, tensor.extent.offset + first * size, count * size)
+            piece.segments.append(_Segment(tensor, first, count, at))
+            first += count
+            filled = piece.runs[-1].at + piece.runs[-1].nbytes
+    return pieces
+
+
+def _host_pieces(tensors: Sequence[tuple[StoredTensor, int]]) -> list[_Piece]:
+    """Cuts tensors of a host arena into pieces; short ones share one."""
+    pieces: list[_Piece] = []
+    filled = _PIECE_BYTES
+    for tensor, at in tensors:
+        size, total = tensor.stored_dtype.itemsize, tensor.stored_bytes // tensor.stored_dtype.itemsize
+        first = 0
+        while first < total:
+            if filled + size > _PIECE_BYTES:
+                pieces.append(_Piece())
+                filled = 0
+            count = min((_PIECE_BYTES - filled) // size, total - first)
+            pieces[-1].segments.append(_Segment(tensor, first, count, at + first * size))
+            first += count
+            filled += count * size
+    return pieces
+
+
+def _add_run(runs: list[_Run], file: Path, offset: int, nbytes: int) -> int:
+    """Adds an extent to the reads of a buffer, joined to the last one if it is near; returns where its bytes land.
 
     A run begins in the buffer at the same distance from a page boundary as in the file, so that the file's alignment
     carries over.
     """
-    runs: list[_Run] = []
-    places: list[tuple[StoredTensor, int]] = []
-    for tensor in sorted(tensors, key=lambda t: (str(t.extent.file), t.extent.offset)):
-        extent, last = tensor.extent, runs[-1] if runs else None
-        end = last.offset + last.nbytes if last is not None else 0
-        if last is not None and last.file == extent.file and 0 <= extent.offset - end <= _GAP_BYTES:
-            runs[-1] = dataclasses.replace(last, nbytes=extent.offset + extent.nbytes - last.offset)
-        else:
-            at = round_up(last.at + last.nbytes) if last is not None else 0
-            runs.append(_Run(extent.file, extent.offset, extent.nbytes, at + extent.offset % PAGE))
-        places.append((tensor, runs[-1].at + extent.offset - runs[-1].offset))
-    size = round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
-    return runs, places, size
+    last = runs[-1] if runs else None
+    end = last.offset + last.nbytes if last is not None else 0
+    if last is not None and last.file == file and 0 <= offset - end <= _GAP_BYTES:
+        runs[-1] = dataclasses.replace(last, nbytes=offset + nbytes - last.offset)
+    else:
+        at = round_up(last.at + last.nbytes) if last is not None else 0
+        runs.append(_Run(file, offset, nbytes, at + offset % PAGE))
+    return runs[-1].at + offset - runs[-1].offset

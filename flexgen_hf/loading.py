@@ -7,11 +7,16 @@ model our class and an executor. One of the two files that touch transformers' l
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import logging
+import math
+import os
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +36,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import attention
 from .architectures import Structure, describe, is_tested
 from .checkpoints import CheckpointTensor, plan_shards, read_checkpoint, source_fingerprint, target_dtype
-from .errors import CapacityError, PolicyError, StoreError, UnsupportedModelError
+from .errors import PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
-from .modeling import attach
-from .planning.placement import assign, fill
-from .planning.schedule import Rings
+from .modeling import attach, shape_of
+from .planning.budget import Call, Demand, Limit, alternatives, difference, fits, rings_of, totals
+from .planning.placement import assign
 from .policy import Compression, Placement, Policy, Tier
 from .storage.files import check_offload_folder
-from .storage.ledger import Ledger, gib
+from .storage.ledger import Ledger
 from .storage.workspace import EMULATED, Workspace
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent, is_store, read_header
 from .weights.store import StoredTensor, WeightStore
@@ -50,9 +55,17 @@ METHOD = "flexgen"
 
 logger = logging.getLogger(__name__)
 
-# Of the room that a tier has, this part may be filled with weights when no placement is given; the rest is for slots,
-# cache and hidden states.
-_WEIGHTS_PART_OF_ROOM = 0.6
+# Of memory that nobody limited, this part is planned with: what is free now may be less in a moment.
+_PART_OF_FREE_MEMORY = 0.85
+
+# Freed blocks of more than this go back to the system; smaller ones cost more time than room.
+_KEPT_BYTES = 1 << 20
+
+# from <malloc.h>
+_M_MMAP_THRESHOLD = -3
+
+# Without a policy, room is kept for prompts and answers of so many tokens together.
+_PLANNED_TOKENS = 512
 
 
 def register() -> None:
@@ -269,29 +282,19 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     device = _device(options)
     limits, shared = _limits(options, device)
     ledger = Ledger(limits, shared=shared)
-    if options.policy is not None:
-        policy = _policy(options)
-    else:
-        policy = _default_policy(tensors, options, device, limits, shared)
-    if options.compression is not None:
-        policy = policy.replace(compression=Compression.of(options.compression))
+    given = _policy(options) if options.policy is not None else None
+    compression = (given or Policy()).compression if options.compression is None else options.compression
+    space = Workspace(ledger, device, _offload_folder(options), rings_of(given or Policy()))
+    if space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
+        _return_freed_memory()
+    demand = _demand(model, structure, tensors, space, Compression.of(compression))
+    policy = given or _default_policy(demand, options, [*ledger.limits(), *_free_memory(ledger, device)], model.config)
+    policy = policy.replace(compression=Compression.of(compression))
     if policy.host_attention and device.type != "cpu":  # on a CPU, cells on the host are attended to there anyway
         attention.check_supported(model)
         model.set_attn_implementation(attention.NAME)
-    rings = Rings() if policy.overlap else Rings(layers=1, cache=1, hidden=1)
-    tables = _streamable_outer(structure, {t.name for t in tensors})
-    streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
-    fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
-    space = Workspace(ledger, device, _offload_folder(options), rings)
-    homes = assign([(t.name, t.stored_bytes) for t in tensors], policy.weights, fixed)
-    _check_disk(tensors, homes, limits)
-    store = WeightStore(
-        _at_tables(_cast_late(tensors, structure, homes, tables) if space.is_direct else tensors, tables),
-        homes,
-        num_stages=structure.num_stages,
-        tied=_is_tied(structure),
-        space=space,
-    )
+    store = _store(structure, tensors, space, policy.weights)
+    ledger.check(store.needs, lambda: _what_fits(demand, policy, ledger.limits()))
     if policy.cache.disk or policy.hidden.disk:
         check_offload_folder(space.folder)
     try:
@@ -299,7 +302,52 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     except BaseException:
         store.close()
         raise
-    attach(model, Executor(model, structure, store, policy, space))
+    attach(model, Executor(model, structure, store, policy, space), demand)
+
+
+def _store(
+    structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, placement: Placement
+) -> WeightStore:
+    """The weights as they would be placed; nothing is read or allocated yet."""
+    tables = _streamable_outer(structure, {t.name for t in tensors})
+    streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
+    fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
+    homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
+    return WeightStore(
+        _at_tables(_cast_late(tensors, structure, homes, tables) if space.is_direct else tensors, tables),
+        homes,
+        num_stages=structure.num_stages,
+        tied=_is_tied(structure),
+        space=space,
+    )
+
+
+def _demand(
+    model: Any, structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, compression: Compression
+) -> Demand:
+    """What the model takes of each tier under any policy with the same rings."""
+    tables = _streamable_outer(structure, {t.name for t in tensors})
+    casts_head = space.is_direct and any(t.is_cast for t in tensors if t.name in tables)
+    dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
+    kept = 2 if compression.cache == 16 else dtype.itemsize
+    hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+    inner: collections.Counter[int] = collections.Counter()
+    for tensor in tensors:
+        stage, part = structure.locate(tensor.name)
+        if 0 < stage < structure.head_stage and part == "mlp" and len(tensor.extent.shape) == 2:
+            inner[stage] += math.prod(tensor.extent.shape) // hidden
+    return Demand(
+        shape_of(model.config, max(inner.values(), default=0), dtype.itemsize, min(kept, dtype.itemsize), casts_head),
+        functools.lru_cache(maxsize=64)(lambda placement: _store(structure, tensors, space, placement).needs),
+        direct=space.is_direct,
+        pinned=space.is_asynchronous,
+    )
+
+
+def _what_fits(demand: Demand, policy: Policy, limits: Sequence[Limit]) -> str:
+    """The end of a refusal to load: the largest shares of weights that fit."""
+    found = alternatives(policy, lambda other: fits(totals(demand.weights(other.weights)), limits), blocks=False)
+    return f"; fits with {difference(policy, found[0])}" if found else "; no placement of the weights fits"
 
 
 def _streamable_outer(structure: Structure, held: Set[str]) -> dict[str, int]:
@@ -351,28 +399,85 @@ def _policy(options: FlexGenConfig) -> Policy:
     return Policy.of(options.policy, **{k: v for k, v in fields.items() if v is not None})
 
 
-def _default_policy(
-    tensors: Sequence[StoredTensor],
-    options: FlexGenConfig,
-    device: torch.device,
-    limits: Mapping[Tier, int],
-    shared: int | None,
-) -> Policy:
-    """Weights fill the fastest tiers first; cache and hidden states stay on the device if the weights do."""
-    total = sum(tensor.device_bytes for tensor in tensors)
+def _default_policy(demand: Demand, options: FlexGenConfig, limits: Sequence[Limit], config: Any) -> Policy:
+    """Weights fill the fastest tiers first; cache and hidden states stay on the device if the weights do.
+
+    Room is kept for everything else that the block needs for `_PLANNED_TOKENS` tokens: cache, slots, what compute
+    takes. Where even weights on disk leave too little, the block becomes smaller, unless its shape was asked for.
+    """
+    text = config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or _PLANNED_TOKENS
+    tokens = min(_PLANNED_TOKENS, longest)
+    memory = [limit for limit in limits if Tier.DISK not in limit.tiers]  # the disk's own limit is refused by itself
+
+    def fit(policy: Policy) -> bool:
+        return fits(demand.peak(policy, Call(policy.block_size, tokens, tokens)), memory)
+
+    for size in _halved(options.batch_size, 8):
+        whole = Policy(batch_size=size, num_batches=options.num_batches or 1)
+        if fit(whole):
+            return whole
+    near = Placement.all_on(Tier.DEVICE if demand.direct else Tier.HOST)
+    blocks = [(size, number) for size in _halved(options.batch_size, 8) for number in _halved(options.num_batches, 4)]
+    policy = Policy(weights=Placement(disk=1.0), cache=near, hidden=near)
+    for size, number in blocks:
+        policy = policy.replace(batch_size=size, num_batches=number)
+        if fit(policy):
+            break
+    for tier in (Tier.DEVICE, Tier.HOST):
+        if tier is Tier.HOST and not any(limit.tiers == (Tier.HOST,) for limit in memory):
+            continue  # one memory with the device, where resident weights are the ones that cost no casts
+        policy = _filled(policy, tier, fit)
+    return policy
+
+
+def _halved(given: int | None, first: int) -> list[int]:
+    """What was asked for, or `first` and its halves."""
+    return [given] if given is not None else [first >> step for step in range(first.bit_length())]
+
+
+def _filled(policy: Policy, tier: Tier, fit: Callable[[Policy], bool]) -> Policy:
+    """The policy with as many thousandths of its weights as fit on `tier`, taken from the disk."""
+    shares = policy.weights.to_dict()
+    there, most = 0, int(shares["disk"] * 1000)
+    while there < most:
+        middle = (there + most + 1) // 2
+        trial = Placement(**{**shares, tier.value: middle / 1000, "disk": shares["disk"] - middle / 1000})
+        if fit(policy.replace(weights=trial)):
+            there = middle
+        else:
+            most = middle - 1
+    taken = {**shares, tier.value: there / 1000, "disk": shares["disk"] - there / 1000}
+    return policy.replace(weights=Placement(**taken))
+
+
+def _return_freed_memory() -> None:
+    """Has the C library return freed memory to the system, so that what a process holds is what it uses.
+
+    glibc learns to keep ever larger blocks, of up to 32 MiB, for the next use. Activations of all sizes leave holes
+    then: the process was measured to hold up to twice of what it used, in nobody's account. A threshold that is set
+    stays as it is. It holds for the whole process; where the user has set one, it is left alone.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+
+
+def _free_memory(ledger: Ledger, device: torch.device) -> list[Limit]:
+    """For planning, limits on memory that nobody limited: most of what is free now."""
     free = get_max_memory()
-    room: dict[Tier, int | None] = {
-        Tier.DEVICE: limits.get(Tier.DEVICE, free.get(device.index or 0, 0)),
-        Tier.HOST: limits.get(Tier.HOST, free["cpu"]),
-    }
-    if device.type == "cpu":  # host and device are one memory; resident weights are the ones that cost no casts
-        room = {Tier.DEVICE: shared if shared is not None else limits.get(Tier.DEVICE, free["cpu"]), Tier.HOST: 0}
-    weights = fill(total, {t: int(size * _WEIGHTS_PART_OF_ROOM) for t, size in room.items() if size is not None})
-    near = Placement(device=1.0) if weights.device == 1 or device.type == "cpu" else Placement(host=1.0)
-    fields = {"batch_size": options.batch_size, "num_batches": options.num_batches}
-    chosen = {"batch_size": 8, "num_batches": 1 if weights.device == 1 else 4}
-    chosen.update({k: v for k, v in fields.items() if v is not None})
-    return Policy(weights=weights, cache=near, hidden=near, **chosen)  # type: ignore[arg-type]
+    limited = {tier for limit in ledger.limits() for tier in limit.tiers}
+    rooms: list[tuple[tuple[Tier, ...], int]]
+    if device.type == "cpu":
+        rooms = [((Tier.DEVICE, Tier.HOST), free["cpu"])]
+    else:
+        rooms = [((Tier.DEVICE,), free.get(device.index or 0, 0)), ((Tier.HOST,), free["cpu"])]
+    return [
+        Limit(tiers, int(size * _PART_OF_FREE_MEMORY), "free memory")
+        for tiers, size in rooms
+        if not limited & set(tiers)
+    ]
 
 
 def _device(options: FlexGenConfig) -> torch.device:
@@ -405,15 +510,6 @@ def _limits(options: FlexGenConfig, device: torch.device) -> tuple[dict[Tier, in
     if device.type == "cpu" and Tier.HOST in limits and Tier.DEVICE not in limits:
         return {t: s for t, s in limits.items() if t is Tier.DISK}, limits[Tier.HOST]
     return limits, None
-
-
-def _check_disk(tensors: Sequence[StoredTensor], homes: Mapping[str, Tier], limits: Mapping[Tier, int]) -> None:
-    needed = sum(t.stored_bytes for t in tensors if homes[t.name] is Tier.DISK)
-    if Tier.DISK in limits and needed > limits[Tier.DISK]:
-        raise CapacityError(
-            f"the placement puts {gib(needed)} of weights on disk but max_memory['disk'] is {gib(limits[Tier.DISK])}; "
-            "raise it or keep more on host and device"
-        )
 
 
 def _offload_folder(options: FlexGenConfig) -> Path:

@@ -7,6 +7,7 @@ otherwise go wrong in silence. One of the two files that touch transformers' les
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +25,12 @@ from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .kv_cache import BlockCache, spans_of
+from .planning.budget import ESTIMATED, Call, Demand, ModelShape, Need, alternatives, difference, fits, totals
 from .planning.placement import assign
-from .policy import Compression, Policy
+from .policy import Compression, Policy, Tier
 from .progress import Progress
 from .report import RunReport
+from .storage.ledger import Ledger
 from .weights.writer import Origin, write_store
 
 __all__ = ["FlexGenForCausalLM", "attach"]
@@ -47,6 +50,9 @@ class FlexGenForCausalLM:
     #: whether `generate` shows a progress bar on stderr; set it on a model, or here for all of them
     show_progress: bool = False
     _executor: Executor
+    _demand: Demand
+    #: what is entered into the account for the call of `generate` that is running, and what it was entered for
+    _estimates: _Estimates | None = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("use FlexGenForCausalLM.from_pretrained(...)")
@@ -70,9 +76,11 @@ class FlexGenForCausalLM:
         Args:
             pretrained_model_name_or_path: Hub id or folder, as transformers takes it.
             policy: a `Policy`, its dict, JSON text or file, or six percentages; None fills the fastest tiers first.
-            compression: not available in this version.
+            compression: only `Compression(cache=16)` is available in this version: keys and values are kept in float16
+                where compute uses float32; values above 65504 overflow.
             max_memory: the most each tier may hold, e.g. `{0: "14GiB", "cpu": "180GiB", "disk": "1TiB"}`; 0 is the
-                device. On a machine without accelerator "cpu" limits device and host together.
+                device. On a machine without accelerator "cpu" limits device and host together, and the C library is
+                told to return freed memory to the system.
             offload_folder: where cache and hidden states on disk go, and weights that had to be converted.
             device: where to compute; by default the accelerator, else the CPU.
             batch_size: overrides the policy's.
@@ -156,7 +164,7 @@ class FlexGenForCausalLM:
         with torch.no_grad(), self._executor.session() as report:
             settings = self._settings(whole, call)
             prompts = self._prompts_per_block(call, settings)
-            with self._progress(report, call, settings, prompts) as shown:
+            with self._accounted(call, settings), self._progress(report, call, settings, prompts) as shown:
                 if prompts is None:
                     return shown(whole)(*args, **kwargs)
                 return self._generate_in_blocks(shown(whole), call, prompts, _pad_token(settings))
@@ -192,15 +200,9 @@ class FlexGenForCausalLM:
 
     def _prompts_per_block(self, call: dict[str, Any], settings: GenerationConfig) -> int | None:
         """How many prompts fill a block, or None if the call is not to be cut."""
+        if not _may_be_cut(call, settings):
+            return None
         rows = _row_inputs(call)
-        if not rows or any(value is not None for name, value in call.items() if name in _SEES_WHOLE_BATCH):
-            return None
-        if any(isinstance(v, (torch.Tensor, Cache)) for n, v in call.items() if n not in rows):
-            return None
-        if settings.do_sample or settings.return_dict_in_generate:
-            return None
-        if settings.max_time is not None or settings.stop_strings is not None:  # rows go on until the last one stops
-            return None
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         prompts = max(1, self.policy.block_size // copies)
         return prompts if next(iter(rows.values())).shape[0] > prompts else None
@@ -225,6 +227,7 @@ class FlexGenForCausalLM:
                 f"cache_implementation={wanted!r}: the policy places the cache; leave cache_implementation out"
             )
         given = model_kwargs.get("past_key_values")
+        self._account(generation_config, model_kwargs, batch_size, length)
         if isinstance(given, BlockCache):
             given.reserve(length)
         if given is not None or generation_config.use_cache is False:
@@ -237,6 +240,79 @@ class FlexGenForCausalLM:
             cache.preallocate(*geometry, self.dtype)
         model_kwargs["past_key_values"] = cache
         return None
+
+    @contextlib.contextmanager
+    def _accounted(self, call: dict[str, Any], settings: GenerationConfig) -> Iterator[None]:
+        """What a call of `generate` takes without allocating it through us is in the account until the call ends."""
+        prompt = next(iter(_row_inputs(call).values()), call.get("inputs_embeds"))
+        before, self._estimates = (
+            self._estimates,
+            _Estimates(
+                self._executor.space.ledger,
+                may_be_cut=_may_be_cut(call, settings),
+                tokens=prompt.shape[1] if isinstance(prompt, torch.Tensor) and prompt.ndim > 1 else None,
+            ),
+        )
+        try:
+            yield
+        finally:
+            self._estimates.close()
+            self._estimates = before
+
+    def _account(self, settings: Any, model_kwargs: Mapping[str, Any], prompts: int, length: int) -> None:
+        """Enters what the call will take, and refuses what does not fit, before anything is computed.
+
+        Raises:
+            CapacityError: with the numbers, and with policies near to this one under which the call fits.
+        """
+        if self._estimates is None:
+            return
+        call = self._described(settings, model_kwargs, prompts, length, self._estimates)
+        if self._estimates.covers(call):  # a later block of the same call
+            return
+        demand, ledger = self._demand, self._executor.space.ledger
+        if ledger.held_as(Tier.HOST, "pinned buffers"):
+            demand = dataclasses.replace(demand, pinned=False)
+        needs = demand.needs(self.policy, call)
+
+        def remedy() -> str:
+            limits = ledger.limits(but=totals(demand.weights(self.policy.weights)))
+            near = alternatives(self.policy, lambda other: fits(demand.peak(other, call.in_block(other)), limits))
+            if not near:
+                return "; nothing near to this policy fits: ask for fewer rows or tokens"
+            return "; fits with " + ", or with ".join(difference(self.policy, other) for other in near[:2])
+
+        ledger.check(needs, remedy)
+        self._estimates.enter(call, [need for need in needs if need.what in ESTIMATED])
+
+    def _described(
+        self, settings: Any, model_kwargs: Mapping[str, Any], prompts: int, length: int, estimates: _Estimates
+    ) -> Call:
+        """The call in numbers."""
+        given = model_kwargs.get("past_key_values")
+        past = given.get_seq_length() if isinstance(given, Cache) else 0
+        whole = length if estimates.tokens is None else estimates.tokens
+        tokens = length if settings.use_cache is False else max(1, whole - past)
+        beams = settings.num_beams or 1
+        copies = max(beams, settings.num_return_sequences or 1)
+        returned = bool(settings.return_dict_in_generate)
+        keeps = returned * (bool(settings.output_logits) + bool(settings.output_scores))
+        all_logits = "logits_to_keep" not in inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+        return Call(
+            rows=prompts * copies,
+            tokens=tokens,
+            capacity=max(1, length),
+            past=past,
+            beams=beams,
+            copies=copies,
+            may_be_cut=estimates.may_be_cut,
+            makes_cache=given is None and settings.use_cache is not False,
+            logit_tokens=tokens if all_logits else 1,
+            kept_logits=keeps * max(1, length + 1 - whole),
+            samples=bool(settings.do_sample),
+            eager=getattr(self.config, "_attn_implementation", None) == "eager",
+            keeps_hidden=returned and bool(settings.output_hidden_states),
+        )
 
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
@@ -410,7 +486,45 @@ _SEES_WHOLE_BATCH = frozenset(
 _ROW_INPUTS = ("inputs", "input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
-def attach(model: Any, executor: Executor) -> None:
+class _Estimates:
+    """What is in the account, during a call of `generate`, for memory that the model's own code allocates.
+
+    Args:
+        ledger: the account.
+        may_be_cut: whether the call may be cut into smaller blocks.
+        tokens: of each prompt, those that a given cache holds included; None if the call does not say it.
+    """
+
+    def __init__(self, ledger: Ledger, *, may_be_cut: bool, tokens: int | None) -> None:
+        self.may_be_cut, self.tokens = may_be_cut, tokens
+        self._ledger, self._needs = ledger, list[Need]()
+        self._call: Call | None = None
+
+    def covers(self, call: Call) -> bool:
+        """Whether what is entered is enough for `call`."""
+        entered = self._call
+        return (
+            entered is not None
+            and call.rows <= entered.rows
+            and dataclasses.replace(call, rows=entered.rows, may_be_cut=entered.may_be_cut) == entered
+        )
+
+    def enter(self, call: Call, needs: Sequence[Need]) -> None:
+        """Takes it, in place of what was taken for an earlier call."""
+        self.close()
+        for need in needs:
+            self._ledger.take(*need)
+            self._needs.append(need)
+        self._call = call
+
+    def close(self) -> None:
+        """Gives it back."""
+        while self._needs:
+            self._ledger.give(*self._needs.pop())
+        self._call = None
+
+
+def attach(model: Any, executor: Executor, demand: Demand) -> None:
     """Gives `model` a class that is both its own and `FlexGenForCausalLM`."""
     plain = type(model)
     signature = inspect.signature(plain.forward)
@@ -424,6 +538,20 @@ def attach(model: Any, executor: Executor) -> None:
     names = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
     model.__class__ = type(plain.__name__, (FlexGenForCausalLM, plain), names)
     object.__setattr__(model, "_executor", executor)
+    object.__setattr__(model, "_demand", demand)
+
+
+def _may_be_cut(call: dict[str, Any], settings: GenerationConfig) -> bool:
+    """Whether the rows of a call do not influence each other."""
+    rows = _row_inputs(call)
+    if not rows or any(value is not None for name, value in call.items() if name in _SEES_WHOLE_BATCH):
+        return False
+    if any(isinstance(v, (torch.Tensor, Cache)) for n, v in call.items() if n not in rows):
+        return False
+    if settings.do_sample or settings.return_dict_in_generate:
+        return False
+    # with these, rows go on until the last one stops
+    return settings.max_time is None and settings.stop_strings is None
 
 
 def _bound(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -495,6 +623,35 @@ def _cache_geometry(config: Any) -> tuple[int, int] | None:
     return heads, width
 
 
+def shape_of(config: Any, inner_size: int, itemsize: int, kept_itemsize: int, casts_head: bool) -> ModelShape:
+    """The sizes of a model that decide how much memory a call takes.
+
+    Args:
+        config: of the model.
+        inner_size: rows of the matrices of a layer's MLP, experts left out.
+        itemsize: bytes of an element in compute.
+        kept_itemsize: bytes of an element of a cell at home.
+        casts_head: the head's table is cast piece by piece.
+    """
+    text = config.get_text_config(decoder=True)
+    geometry = _cache_geometry(config)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)
+    expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
+    return ModelShape(
+        num_layers=int(text.num_hidden_layers),
+        hidden_size=int(text.hidden_size),
+        # an expert multiplies by three matrices, as gated MLPs do
+        inner_size=inner_size + 3 * expert * (getattr(text, "num_experts_per_tok", None) or 0),
+        query_size=heads * geometry[1] if geometry is not None else int(text.hidden_size),
+        key_size=geometry[0] * geometry[1] if geometry is not None else None,
+        num_heads=heads,
+        vocab_size=int(text.vocab_size),
+        itemsize=itemsize,
+        kept_itemsize=kept_itemsize,
+        casts_head=casts_head,
+    )
+
+
 def _merge(outputs: list[Any], cache: Any) -> Any:
     """Joins what the micro-batches returned, field by field, along the first axis."""
     first = outputs[0]
@@ -503,7 +660,24 @@ def _merge(outputs: list[Any], cache: Any) -> Any:
     if isinstance(first, ModelOutput):
         return type(first)(**{key: _merge([o[key] for o in outputs], cache) for key in first})
     if isinstance(first, torch.Tensor):
-        return torch.cat(outputs) if first.ndim else torch.stack(outputs).mean()
+        return _joined(outputs) if first.ndim else torch.stack(outputs).mean()
     if isinstance(first, (tuple, list)):
         return type(first)(_merge(list(values), cache) for values in zip(*outputs, strict=True))
     return first
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts one behind the other. Logits are parts of one tensor already: it is returned, not a copy."""
+    first, rows = parts[0], 0
+    for part in parts:
+        if (
+            type(part) is not torch.Tensor
+            or not part.is_contiguous()
+            or part.dtype != first.dtype
+            or part.shape[1:] != first.shape[1:]
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or part.storage_offset() != first.storage_offset() + rows * first.stride(0)
+        ):
+            return torch.cat(list(parts))
+        rows += part.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

@@ -160,3 +160,17 @@ def test_a_link_takes_its_time() -> None:
     torch.zeros(250_000).to("emulated:0")
     assert device.to_device.bytes == 1_000_000
     assert device.to_device.busy_s >= 0.1
+
+
+def test_attention_takes_no_room_for_its_scores() -> None:
+    tokens, attend = 512, torch.nn.functional.scaled_dot_product_attention
+    query, key, value = (torch.randn(1, 4, tokens, 8, device="emulated:0") for _ in range(3))
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device="emulated:0")
+    device = emulated.configure()
+    held = device.used_bytes
+    output = attend(query, key, value, attn_mask=mask)
+    on_host = (tensor.cpu() for tensor in (query, key, value))
+    torch.testing.assert_close(output.cpu(), attend(*on_host, attn_mask=mask.cpu()))
+    assert device.peak_bytes - held < tokens * tokens * 4  # one head's scores
+    with pytest.raises(RuntimeError, match="meets device tensors"):
+        attend(query, key.cpu(), value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import FlexGenError, PolicyError, StoreError
-from ..policy import Policy
+from ..policy import Compression, Policy
+from .sizes import parse_max_memory, parse_size, parse_sum
 
 if TYPE_CHECKING:
     from .systems import DeviceSpec
     from .trial import Record
 
-__all__ = ["bench_command", "parse_size"]
+__all__ = ["bench_command"]
 
 _Dtype = Literal["float16", "bfloat16", "float32"]
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parameters
@@ -31,10 +30,18 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         typer.Argument(
             metavar="MODEL_OR_SHAPE",
             help="A model folder, or a shape, which gets random weights: tiny, opt-125m, opt-350m, opt-1.3b, "
-            "opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b.",
+            "opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b; "
+            "opt-30b-like and opt-175b-like have the proportions of the large ones at a small size. "
+            "`opt-1.3b:6` is that shape with 6 layers.",
         ),
     ],
-    systems: Annotated[str, typer.Option(help="Which to compare.")] = "flexgen,accelerate,transformers",
+    systems: Annotated[
+        str,
+        typer.Option(
+            help="Which to compare: flexgen, flexgen-ram (with nothing to move), accelerate, transformers, "
+            "transformers-static (with a static cache, not compiled)."
+        ),
+    ] = "flexgen,accelerate,transformers",
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt.")] = 16,
     policy: Annotated[
@@ -49,6 +56,19 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     overlap: Annotated[
         bool | None, typer.Option("--overlap/--no-overlap", help="flexgen's: move data while computing.")
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="flexgen's: `cpu=2300MB,0=0.29w,disk=20GB`; 0 is the device.")
+    ] = None,
+    cache_bits: Annotated[
+        int | None,
+        typer.Option(help="flexgen's: bits of a key's or value's element.", show_default="those of compute"),
+    ] = None,
+    host_attention: Annotated[
+        bool | None,
+        typer.Option(
+            "--host-attention/--no-host-attention", help="flexgen's: attend on the host to what is kept there."
+        ),
+    ] = None,
     dtype: Annotated[_Dtype, typer.Option(help="flexgen's element type of compute.")] = "float32",
     peer_batch_sizes: Annotated[
         str | None, typer.Option(help="Batch sizes that peers may choose from.", show_default="flexgen's block")
@@ -57,18 +77,31 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         str | None, typer.Option(help="Element types that peers may choose from.", show_default="flexgen's")
     ] = None,
     peer_offloads: Annotated[
-        str, typer.Option(help="Where Accelerate may keep the layers: `disk`, `cpu` or both.")
+        str, typer.Option(help="Where Accelerate may keep the layers: `disk`, `cpu`, `mixed:0.6` (that share in RAM).")
     ] = "disk",
+    peer_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Try a peer's settings with so many new tokens only; the best one by projection then runs whole.",
+            show_default="all",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch's arithmetic, for every system.", show_default="torch's choice")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each system in its best setting.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     memory_limit: Annotated[
-        str | None, typer.Option(help="For each run, page cache included: `3000MB`. Needs root.")
+        str | None, typer.Option(help="For each run, page cache included: `3000MB`, or `3.7w+600MB`. Needs root.")
     ] = None,
     read_limit: Annotated[str | None, typer.Option(help="Of the disk: `100MB/s`. Needs root.")] = None,
     write_limit: Annotated[str | None, typer.Option(help="Of the disk: `100MB/s`. Needs root.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which a run is given up.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: `cpu`, `cuda:0`, ..., or `emulated`.")] = "cpu",
-    device_memory: Annotated[str | None, typer.Option(help="Of the emulated device: `700MiB`.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Of the emulated device: `700MiB`, or `0.29w` for 0.29 times the weights.")
+    ] = None,
     link: Annotated[str | None, typer.Option(help="Of the emulated device, each way: `100MB/s`.")] = None,
     weights_dtype: Annotated[_Dtype, typer.Option(help="Element type of a shape's weights on disk.")] = "float16",
     work_folder: Annotated[
@@ -85,50 +118,44 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     from .workload import Workload
 
     names = _words(systems, "--systems", SYSTEMS)
-    shares = _policy(policy, batch_size=batch_size, num_batches=num_batches, overlap=overlap)
+    shares = _policy(
+        policy, batch_size=batch_size, num_batches=num_batches, overlap=overlap, host_attention=host_attention
+    )
     block = (shares or Policy()).block_size
     peers = Peers(
         tuple(_whole_numbers(peer_batch_sizes, "--peer-batch-sizes") if peer_batch_sizes else [block]),
         tuple(_words(peer_dtypes or dtype, "--peer-dtypes", ("float16", "bfloat16", "float32"))),
-        tuple(_words(peer_offloads, "--peer-offloads", ("disk", "cpu"))),
+        tuple(_offloads(peer_offloads)),
     )
-    limits = Limits(
-        parse_size(memory_limit, "--memory-limit"),
-        parse_size(read_limit, "--read-limit"),
-        parse_size(write_limit, "--write-limit"),
-    )
-    where = _device(device, device_memory, link)
+    # all that can be misspelt is read before a checkpoint is written, which takes long; shares are of its weights
+    ram, rates = parse_sum(memory_limit, "--memory-limit"), _rates(read_limit, write_limit)
+    capacity, tiers = parse_sum(device_memory, "--device-memory"), parse_max_memory(max_memory, "--max-memory")
+    where, compression = _device(device, device_memory, link), _compression(shares, cache_bits)
     folder = _work_folder(work_folder)
+    weights = _model_folder(model, folder, weights_dtype)
+    if capacity is not None:
+        where = dataclasses.replace(where, capacity_bytes=capacity.of(weights))
+    limits = Limits(None if ram is None else ram.of(weights), *rates)
     job = Job(
         system="flexgen",
-        model=str(_model_folder(model, folder, weights_dtype)),
+        model=str(weights),
         workload=Workload(prompt_len, new_tokens, block, seed),
         dtype=dtype,
         offload_folder=str(folder),
         device=where,
-        flexgen={} if shares is None else {"policy": shares.to_dict()},
+        flexgen=_given(
+            policy=None if shares is None else shares.to_dict(),
+            max_memory={tier: size.of(weights) for tier, size in tiers.items()} or None,
+            compression=compression,
+        ),
+        threads=threads,
     )
     bench = Bench(folder, limits, time_limit, {"command": shlex.join(["flexgen-hf", *sys.argv[1:]])})
     jobs = {name: jobs_of(name, job, peers) for name in names}
-    records = compare(jobs, repeats, bench.run, lambda record: _tell(record, out))
+    records = compare(jobs, repeats, bench.run, lambda record: _tell(record, out), peer_new_tokens)
     typer.echo(table(records))
     if not any(record["status"] == "ok" for record in records):
         raise FlexGenError("no run came to an end; the lines above say why")
-
-
-def parse_size(text: str | None, option: str) -> int | None:
-    """Bytes, or bytes per second: `"3000MB"` is 3e9 of them, `"700MiB"` 700 x 2^20, `"100MB/s"` 1e8 a second.
-
-    Raises:
-        PolicyError: something else.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?(b(?:/s)?)?", text.strip().lower())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if size <= 0:
-        raise PolicyError(f"{option}: {text!r} is no size; write for example '3000MB' or '100MB/s'")
-    return size
 
 
 def _words(text: str, option: str, known: Any) -> list[str]:
@@ -138,6 +165,18 @@ def _words(text: str, option: str, known: Any) -> list[str]:
             raise PolicyError(f"{option}: {word!r} is unknown; use some of {', '.join(known)}")
     if not words:
         raise PolicyError(f"{option}: nothing is named; use some of {', '.join(known)}")
+    return list(dict.fromkeys(words))
+
+
+def _offloads(text: str) -> list[str]:
+    from .systems import share_in_memory
+
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        try:
+            share_in_memory(word)
+        except PolicyError as error:
+            raise PolicyError(f"--peer-offloads: {error}") from None
     return list(dict.fromkeys(words))
 
 
@@ -156,11 +195,28 @@ def _policy(text: str | None, **fields: Any) -> Policy | None:
     return Policy.from_dict(fields) if fields else None
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _compression(policy: Policy | None, cache_bits: int | None) -> dict[str, Any] | None:
+    """The policy's, with the cache in so many bits; None if nothing was said of it."""
+    if cache_bits is None:
+        return None
+    given = Compression() if policy is None else policy.compression
+    return dataclasses.replace(given, cache=cache_bits).to_dict()
+
+
+def _rates(read_limit: str | None, write_limit: str | None) -> tuple[int | None, int | None]:
+    return parse_size(read_limit, "--read-limit"), parse_size(write_limit, "--write-limit")
+
+
 def _device(name: str, memory: str | None, link: str | None) -> DeviceSpec:
+    """The device, without its capacity, which may be a share of weights that are not known yet."""
     from .systems import DeviceSpec
 
     if name in ("emulated", "emulated:0"):
-        return DeviceSpec("emulated:0", parse_size(memory, "--device-memory"), parse_size(link, "--link"))
+        return DeviceSpec("emulated:0", link_bytes_per_s=parse_size(link, "--link"))
     for option, value in (("--device-memory", memory), ("--link", link)):
         if value is not None:
             raise PolicyError(f"{option} is the emulated device's; add --device emulated, or leave it out")
@@ -177,23 +233,23 @@ def _work_folder(given: Path | None) -> Path:
 
 
 def _model_folder(model: str, work_folder: Path, weights_dtype: str) -> Path:
-    from .shapes import SHAPES, random_checkpoint
+    from .shapes import SHAPES, is_shape, random_checkpoint
 
-    if model in SHAPES:
+    if is_shape(model):
         import torch
 
         return random_checkpoint(work_folder, model, getattr(torch, weights_dtype))
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
-        raise StoreError(
-            f"no model in {model!r}; give a folder ('hf download' makes one), or one of {', '.join(SHAPES)}"
-        )
+        known = ", ".join(SHAPES)
+        raise StoreError(f"no model in {model!r}; give a folder ('hf download' makes one), or one of {known}")
     return folder.resolve()
 
 
 def _tell(record: Record, out: Path | None) -> None:
+    run = f"run {record['repeat']}" if record["repeat"] else f"{record['workload']['new_tokens']} tokens to choose by"
     speed = f"{record['tokens_per_s']:.3f} token/s" if record["status"] == "ok" else record["error"]
-    typer.echo(f"{record['system']} ({record['setting']}), run {record['repeat']}: {speed}", err=True)
+    typer.echo(f"{record['system']} ({record['setting']}), {run}: {speed}", err=True)
     if out is None:
         return
     try:

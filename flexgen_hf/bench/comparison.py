@@ -35,7 +35,7 @@ class Peers:
 def jobs_of(system: str, job: Job, peers: Peers) -> list[Job]:
     """The jobs to try for a system: flexgen is given its policy, peers may choose."""
     job = dataclasses.replace(job, system=system)
-    if system == "flexgen":
+    if job.is_ours:
         return [job]
     offloads = peers.offloads if system == "accelerate" else ("",)
     return [
@@ -49,6 +49,7 @@ def compare(
     repeats: int,
     run: Callable[[Job], Record],
     tell: Callable[[Record], None] = lambda _: None,
+    search_tokens: int | None = None,
 ) -> list[Record]:
     """Runs every job once, then each system's best one again, the systems in turn so that noise meets all of them.
 
@@ -57,28 +58,56 @@ def compare(
         repeats: runs of each system's best job, the first one included.
         run: runs a job and says what came of it.
         tell: is given each record as it comes.
+        search_tokens: where there is a choice, jobs are tried with so many new tokens only, two or more, and the best
+            one by projection then runs whole; None tries whole jobs.
 
     Returns:
-        All records in order, with `setting` and `repeat` (from 1) added.
+        All records in order, with `setting` and `repeat` (from 1) added; those of a shortened job have `repeat` 0 and
+        `projected_tokens_per_s`, and no measurement is taken from them.
     """
     records: list[Record] = []
 
-    def once(job: Job, repeat: int) -> Record:
-        record = {"repeat": repeat, "setting": job.setting, **run(job)}
+    def note(record: Record) -> None:
         records.append(record)
         tell(record)
-        return record
+
+    def whole(job: Job, repeat: int) -> float:
+        record = run(job)
+        note({"repeat": repeat, "setting": job.setting, **record})
+        return float(record.get("tokens_per_s", 0.0))
+
+    def shortened(job: Job, new_tokens: int) -> float:
+        record = run(dataclasses.replace(job, workload=dataclasses.replace(job.workload, new_tokens=new_tokens)))
+        speed = _projected(record, job)
+        note({"repeat": 0, "setting": job.setting, "projected_tokens_per_s": speed, **record})
+        return speed
 
     best: list[Job] = []
     for tried in jobs.values():
-        speeds = {number: once(job, 1).get("tokens_per_s", 0.0) for number, job in enumerate(tried)}
-        fastest = max(speeds, key=lambda number: speeds[number])
-        if speeds[fastest]:
-            best.append(tried[fastest])
+        if search_tokens is not None and len(tried) > 1 and search_tokens < tried[0].workload.new_tokens:
+            ranked = _ranked(tried, [shortened(job, search_tokens) for job in tried])
+            # what a short run has room for, a whole one may not
+            best += itertools.islice((job for job in ranked if whole(job, 1)), 1)
+        else:
+            best += _ranked(tried, [whole(job, 1) for job in tried])[:1]
     for repeat in range(2, repeats + 1):
         for job in best:
-            once(job, repeat)
+            whole(job, repeat)
     return records
+
+
+def _projected(record: Record, job: Job) -> float:
+    """The speed that a job would have, by a shortened run of it; 0 if that failed."""
+    if record["status"] != "ok":
+        return 0.0
+    sweep_s = record["decode_s"] / (len(record["token_s"]) - 1)
+    return float(job.workload.tokens / (record["prefill_s"] + sweep_s * (job.workload.new_tokens - 1)))
+
+
+def _ranked(jobs: Sequence[Job], speeds: Sequence[float]) -> list[Job]:
+    """Fastest first, without those that failed."""
+    order = sorted(range(len(jobs)), key=lambda number: -speeds[number])
+    return [jobs[number] for number in order if speeds[number]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +129,22 @@ class Summary:
         return float(statistics.median(record[key] for record in self.records))
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is a system of this package."""
+        return self.system.startswith("flexgen")
+
+    @property
     def sweep_s(self) -> float:
-        """Median of the seconds per decode sweep; 0 where there was none."""
+        """Median over the runs of the mean seconds per decode sweep; 0 where there was none."""
         sweeps = len(self.records[0]["token_s"]) - 1
         return self.median("decode_s") / sweeps if sweeps else 0.0
 
 
 def summarize(records: Iterable[Record]) -> list[Summary]:
-    """The runs by system and setting, in the order in which they came."""
+    """The whole runs by system and setting, in the order in which they came."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record["status"] == "ok":
+        if record["status"] == "ok" and record["repeat"]:
             groups.setdefault((record["system"], record["setting"]), []).append(record)
     return [Summary(system, setting, tuple(runs)) for (system, setting), runs in groups.items()]
 
@@ -124,7 +158,8 @@ def equal_rows(one: Record, other: Record) -> tuple[int, int]:
 def table(records: Sequence[Record]) -> str:
     """A table of medians with their spread and how many times faster than the best peer, and what else to know."""
     summaries = summarize(records)
-    peers = {s.system: s for s in sorted(summaries, key=lambda s: s.median("tokens_per_s")) if s.system != "flexgen"}
+    others = [summary for summary in summaries if not summary.is_ours]
+    peers = {summary.system: summary for summary in sorted(others, key=lambda s: s.median("tokens_per_s"))}
     heads = ["system", "setting", "runs", "token/s", "spread", "prefill s", "sweep s", "RSS MB", "group MB"]
     rows = [[*heads, *(f"x {name}" for name in peers)]]
     rows += [_row(summary, peers) for summary in summaries]
@@ -158,14 +193,25 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def _notes(records: Iterable[Record], summaries: Sequence[Summary]) -> list[str]:
     notes = [f"{r['system']} ({r['setting']}): {r['error']}" for r in records if r["status"] == "error"]
-    ours = next((s for s in summaries if s.system == "flexgen"), None)
-    if ours is None:
-        return notes
-    report: Any = ours.records[0]["report"]
-    notes.append(f"flexgen: {report['bottleneck']} busy {report['share_of_limit']:.0%} of the time in sweeps")
+    shown = {(summary.system, summary.setting) for summary in summaries}
+    notes += [
+        f"{r['system']} ({r['setting']}): not chosen, {r['projected_tokens_per_s']:.3f} token/s by projection"
+        for r in records
+        if r["status"] == "ok" and not r["repeat"] and (r["system"], r["setting"]) not in shown
+    ]
+    ours = [summary for summary in summaries if summary.is_ours]
+    for summary in ours:
+        report: Any = summary.records[0]["report"]
+        busy = f"{report['bottleneck']} busy {report['share_of_limit']:.0%}"
+        notes.append(f"{summary.system}: {busy} of the time in sweeps")
+    return notes + (_equalities(ours[0], summaries) if ours else [])
+
+
+def _equalities(ours: Summary, summaries: Iterable[Summary]) -> list[str]:
+    notes = []
     for other in summaries:
         # in 16 bit, or between element types, rounding may tip a choice
         if other is not ours and {s.records[0]["dtype"] for s in (ours, other)} == {"float32"}:
             same, both = equal_rows(ours.records[0], other.records[0])
-            notes.append(f"{other.system} ({other.setting}): the same tokens as flexgen in {same} of {both} rows")
+            notes.append(f"{other.system} ({other.setting}): the same tokens as {ours.system} in {same} of {both} rows")
     return notes

@@ -130,6 +130,18 @@ class DeviceTensor(torch.Tensor):
         return self.held.data_ptr()
 
     @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Has attention run as one kernel, as on a GPU; torch knows none for this device and would make the scores."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            _refuse_mixture("scaled_dot_product_attention", (args, kwargs))
+            return DeviceTensor(func(*tree_map(_values, args), **tree_map(_values, kwargs)))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -191,10 +203,14 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return target
 
 
-def _run(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    for tensor in tree_leaves((args, kwargs)):
+def _refuse_mixture(name: str, arguments: Any) -> None:
+    for tensor in tree_leaves(arguments):
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DeviceTensor) and tensor.dim() > 0:
             raise RuntimeError(f"{name}: a {tensor.device} tensor of shape {tuple(tensor.shape)} meets device tensors")
+
+
+def _run(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    _refuse_mixture(name, (args, kwargs))
     target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
     if target == EMULATED:
         kwargs["device"] = "cpu"

@@ -2,10 +2,26 @@
 
 Knows shapes and bytes. Speed does not depend on what the weights are, so a checkpoint that nobody has to download
 measures as well as the real one.
+
+`opt-30b-like` and `opt-175b-like` are small models in which bytes stand to each other as in OPT-30B and OPT-175B, so
+that what is known of these on a large machine can be emulated on a small one. An OPT of a small hidden size cannot do
+that: its cache is far too large beside its weights. These are Llamas with as many layers as the original, with
+12 hidden^2 parameters in each as OPT has, and one head of keys and values. In 16 bit, for sequences of 544 tokens:
+
+| | weights | layers | cache of a sequence / weights | table of the vocabulary / weights |
+| --- | --- | --- | --- | --- |
+| OPT-30B | 60.0 GB | 48 | 0.0125 | 0.0120 |
+| opt-30b-like | 0.306 GB | 48 | 0.0109 | 0.0118 |
+| OPT-175B | 349 GB | 96 | 0.0073 | 0.0035 |
+| opt-175b-like | 0.606 GB | 96 | 0.0083 | 0.0035 |
+
+What does not scale: hidden states, and all else that a layer computes, are 14 and 24 times as large beside the
+weights as in the original.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,26 +37,70 @@ from ..errors import CapacityError, PolicyError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SHAPES", "config_of_shape", "random_checkpoint", "random_pieces", "write_random_checkpoint"]
+__all__ = [
+    "SHAPES", "Shape", "config_of_shape", "is_shape", "random_checkpoint", "random_pieces", "write_random_checkpoint",
+]  # fmt: skip
 
-#: layers, hidden size and attention heads by name; the rest follows
-SHAPES: Mapping[str, tuple[int, int, int]] = {
-    "tiny": (4, 64, 4),
-    "opt-125m": (12, 768, 12),
-    "opt-350m": (24, 1024, 16),
-    "opt-1.3b": (24, 2048, 32),
-    "opt-2.7b": (32, 2560, 32),
-    "opt-6.7b": (32, 4096, 32),
-    "opt-13b": (40, 5120, 40),
-    "opt-30b": (48, 7168, 56),
-    "opt-66b": (64, 9216, 72),
-    "opt-175b": (96, 12288, 96),
-}
 
-# what differs from the other sizes, beside those three numbers
-_SPECIAL: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {"vocab_size": 128, "max_position_embeddings": 256},
-    "opt-350m": {"word_embed_proj_dim": 512, "do_layer_norm_before": False},
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a configuration follows from.
+
+    Args:
+        layers: decoder layers.
+        hidden: elements of a hidden state.
+        heads: of queries.
+        special: fields of the configuration that differ from those that follow.
+        is_opt: an OPT; otherwise a Llama, whose attention may have fewer heads of keys and values than of queries.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    special: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_opt: bool = True
+
+    def config(self) -> Any:
+        """The configuration, a class of transformers."""
+        from transformers import LlamaConfig, OPTConfig
+
+        fields: dict[str, Any] = {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": 2048,
+        }
+        if self.is_opt:
+            fields |= {"ffn_dim": 4 * self.hidden, "word_embed_proj_dim": self.hidden, "vocab_size": 50272}
+            return OPTConfig(**{**fields, **self.special})
+        return LlamaConfig(**{**fields, "pad_token_id": 1, "tie_word_embeddings": True, **self.special})
+
+
+def _like(layers: int, heads: int, head_dim: int, intermediate_size: int, vocab_size: int) -> Shape:
+    # the intermediate size gives a layer 12 hidden^2 parameters, as OPT's has
+    special = {
+        "head_dim": head_dim,
+        "num_key_value_heads": 1,
+        "intermediate_size": intermediate_size,
+        "vocab_size": vocab_size,
+    }
+    return Shape(layers, 512, heads, special, is_opt=False)
+
+
+#: by name; `"opt-1.3b:6"` is the shape `opt-1.3b` with 6 layers
+SHAPES: Mapping[str, Shape] = {
+    "tiny": Shape(4, 64, 4, {"vocab_size": 128, "max_position_embeddings": 256}),
+    "opt-125m": Shape(12, 768, 12),
+    "opt-350m": Shape(24, 1024, 16, {"word_embed_proj_dim": 512, "do_layer_norm_before": False}),
+    "opt-1.3b": Shape(24, 2048, 32),
+    "opt-2.7b": Shape(32, 2560, 32),
+    "opt-6.7b": Shape(32, 4096, 32),
+    "opt-13b": Shape(40, 5120, 40),
+    "opt-30b": Shape(48, 7168, 56),
+    "opt-66b": Shape(64, 9216, 72),
+    "opt-175b": Shape(96, 12288, 96),
+    "opt-30b-like": _like(48, heads=16, head_dim=32, intermediate_size=1688, vocab_size=3536),
+    "opt-175b-like": _like(96, heads=16, head_dim=24, intermediate_size=1776, vocab_size=2072),
 }
 
 # goes into the names of cached checkpoints: raise it when the same configuration gives other bytes
@@ -50,22 +110,29 @@ _VERSION = 2
 _GAIN = 2.0
 
 
+def is_shape(text: str) -> bool:
+    """Whether this is the name of a shape, with or without a number of layers behind it."""
+    return text.partition(":")[0] in SHAPES
+
+
 def config_of_shape(name: str) -> Any:
-    """The `OPTConfig` of a shape.
+    """The configuration of a shape: an `OPTConfig`, or a `LlamaConfig` for those that are only like an OPT.
+
+    Args:
+        name: one of `SHAPES`, or one with a number of layers, such as `"opt-1.3b:6"`.
 
     Raises:
-        PolicyError: no such shape.
+        PolicyError: no such shape, or no number of layers.
     """
-    from transformers import OPTConfig
-
-    if name not in SHAPES:
+    base, colon, layers = name.partition(":")
+    if base not in SHAPES:
         raise PolicyError(f"no shape {name!r}; known are {', '.join(SHAPES)}")
-    layers, hidden, heads = SHAPES[name]
-    fields = {
-        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "ffn_dim": 4 * hidden,
-        "word_embed_proj_dim": hidden, "vocab_size": 50272, "max_position_embeddings": 2048,
-    }  # fmt: skip
-    return OPTConfig(**{**fields, **_SPECIAL.get(name, {})})
+    shape = SHAPES[base]
+    if colon:
+        if not (layers.isdecimal() and int(layers)):
+            raise PolicyError(f"shape {name!r}: {layers!r} is no number of layers; write for example '{base}:6'")
+        shape = dataclasses.replace(shape, layers=int(layers))
+    return shape.config()
 
 
 def random_checkpoint(work_folder: str | Path, name: str, dtype: torch.dtype) -> Path:
@@ -81,7 +148,7 @@ def random_checkpoint(work_folder: str | Path, name: str, dtype: torch.dtype) ->
     config.dtype = dtype
     described = json.dumps([_VERSION, config.to_dict()], sort_keys=True, default=str)
     key = hashlib.sha256(described.encode()).hexdigest()[:8]
-    target = Path(work_folder) / "checkpoints" / f"{name}-{str(dtype).removeprefix('torch.')}-{key}"
+    target = Path(work_folder) / "checkpoints" / f"{name.replace(':', 'x')}-{str(dtype).removeprefix('torch.')}-{key}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import PolicyError
+from ..policy import Placement, Policy
 from .workload import Workload
 
-__all__ = ["SYSTEMS", "DeviceSpec", "Job", "load"]
+__all__ = ["SYSTEMS", "DeviceSpec", "Job", "load", "share_in_memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Job:
         dtype: element type of compute.
         offload_folder: where the system may put its files.
         device: where to compute.
-        offload: for accelerate, where the decoder layers are: `"disk"` or `"cpu"`.
-        flexgen: for flexgen, its own arguments of `from_pretrained`, for example `policy`
+        offload: for accelerate, where the decoder layers are: `"disk"`, `"cpu"`, or `"mixed:0.6"`, the first 60 percent
+            of their bytes in RAM and the others on disk.
+        flexgen: for flexgen, its own arguments of `from_pretrained`, for example `policy`.
+        threads: of torch's arithmetic; None leaves it to torch.
     """
 
     system: str
@@ -57,12 +60,28 @@ class Job:
     device: DeviceSpec = DeviceSpec()
     offload: str = "disk"
     flexgen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    threads: int | None = None
 
     @property
     def setting(self) -> str:
         """What distinguishes this job from others of its system, in a few words."""
-        offload = f", layers on {self.offload}" if self.system == "accelerate" else ""
-        return f"{self.workload.rows} rows, {self.dtype}{offload}"
+        if self.system != "accelerate":
+            return f"{self.workload.rows} rows, {self.dtype}"
+        where = f"on {self.offload}"
+        if self.offload.startswith("mixed"):
+            where = f"{share_in_memory(self.offload):.0%} on cpu, others on disk"
+        return f"{self.workload.rows} rows, {self.dtype}, layers {where}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a system of this package."""
+        return self.system.startswith("flexgen")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What this system's `generate` is told besides the workload."""
+        static = {"cache_implementation": "static", "disable_compile": True}
+        return static if self.system == "transformers-static" else {}
 
     def to_json(self) -> str:
         """One line; `from_json` is the way back."""
@@ -75,6 +94,21 @@ class Job:
         fields["workload"] = Workload(**fields["workload"])
         fields["device"] = DeviceSpec(**fields["device"])
         return cls(**fields)
+
+
+def share_in_memory(offload: str) -> float:
+    """The share of the decoder layers' bytes that `Job.offload` keeps in RAM.
+
+    Raises:
+        PolicyError: it is not `"disk"`, `"cpu"`, or `"mixed:"` with a share from 0 to 1.
+    """
+    if offload in ("disk", "cpu"):
+        return float(offload == "cpu")
+    kind, _, share = offload.partition(":")
+    with contextlib.suppress(ValueError):
+        if kind == "mixed" and 0 <= float(share) <= 1:
+            return float(share)
+    raise PolicyError(f"{offload!r} is unknown; use disk, cpu, or for example mixed:0.6 for 60 percent in RAM")
 
 
 @contextlib.contextmanager
@@ -90,7 +124,7 @@ def load(job: Job) -> Iterator[Any]:
     try:
         yield model
     finally:
-        if job.system == "flexgen":
+        if job.is_ours:
             model.close()
 
 
@@ -100,6 +134,14 @@ def _flexgen(job: Job) -> Any:
     return FlexGenForCausalLM.from_pretrained(
         job.model, offload_folder=job.offload_folder, device=job.device.name, dtype=job.dtype, **job.flexgen
     )
+
+
+def _flexgen_ram(job: Job) -> Any:
+    """The same engine with nothing to move: what streaming costs is the difference."""
+    given = Policy.from_dict(job.flexgen.get("policy") or {})
+    near = {kind: Placement(device=1.0) for kind in ("weights", "cache", "hidden")}
+    policy = given.replace(**near, host_attention=False).to_dict()
+    return _flexgen(dataclasses.replace(job, flexgen={**job.flexgen, "policy": policy, "max_memory": None}))
 
 
 def _accelerate(job: Job) -> Any:
@@ -125,7 +167,13 @@ def _device_map(job: Job) -> dict[str, str]:
         )
     structure = describe(skeleton)
     outer = {name: job.device.name for name, _ in structure.outer_modules()}
-    layers = {f"{structure.layers_name}.{j}": job.offload for j in range(len(structure.layers))}
+    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in structure.layers]
+    room, passed = share_in_memory(job.offload) * sum(sizes), 0
+    layers = {}
+    for j, size in enumerate(sizes):
+        passed += size
+        # a share is rarely a whole number of layers: one that is more than half inside is in
+        layers[f"{structure.layers_name}.{j}"] = "cpu" if passed - size / 2 < room else "disk"
     return outer | layers
 
 
@@ -166,6 +214,8 @@ def _transformers(job: Job) -> Any:
 #: how each system loads a job's model
 SYSTEMS: Mapping[str, Callable[[Job], Any]] = {
     "flexgen": _flexgen,
+    "flexgen-ram": _flexgen_ram,
     "accelerate": _accelerate,
     "transformers": _transformers,
+    "transformers-static": _transformers,
 }

@@ -6,11 +6,14 @@ transformers calls with each new token once it is on the host.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ..report import peak_rss_bytes
@@ -42,10 +45,17 @@ def run(job: Job) -> dict[str, Any]:
 
     Returns:
         `load_s`, `prefill_s` (from the call of generate to the first token), `decode_s` (from there to the last one),
-        `token_s` (since the token before, the first one's is `prefill_s`), `tokens_per_s`, `peak_rss_bytes`,
-        `tokens_sha256` (of all new tokens), `row_sha256` (of each row's, shortened), for flexgen its `report`, and for
-        the emulated device `device_use`: its peak, and the bytes and busy seconds of its links while generating.
+        `token_s` (since the token before, the first one's is `prefill_s`), `decode_sweep_s` (median of those after the
+        first; 0 where there is none), `tokens_per_s`, `peak_rss_bytes`, `threads` (of torch),
+        `disk_read_bytes` and `disk_write_bytes` (that the process had the disks move while generating, 0 where the
+        system does not say), `tokens_sha256` (of all new tokens), `row_sha256` (of each row's, shortened), for flexgen
+        its `report`, and for the emulated device `device_use`: its peak, and the bytes and busy seconds of its links
+        while generating.
     """
+    import torch
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     device = _device(job.device)
     _warm_up(job.dtype)
     started = time.perf_counter()
@@ -56,28 +66,45 @@ def run(job: Job) -> dict[str, Any]:
         pad = model.config.get_text_config(decoder=True).pad_token_id or 0
         prompts = job.workload.prompts(model.config.get_text_config(decoder=True).vocab_size, pad)
         inputs = {name: tensor.to(job.device.name) for name, tensor in prompts.items()}
-        before = _use_of(device)
+        before, moved = _use_of(device), _disk_bytes()
         clock = _Clock()
         output = model.generate(
-            **inputs, max_new_tokens=job.workload.new_tokens, do_sample=False, pad_token_id=pad, streamer=clock
-        )
+            **inputs, max_new_tokens=job.workload.new_tokens, do_sample=False, pad_token_id=pad, streamer=clock,
+            **job.generation,
+        )  # fmt: skip
         tokens = output[:, job.workload.prompt_len :].cpu()
-        report = model.last_run.to_dict() if job.system == "flexgen" else None
+        moved = {name: count - moved[name] for name, count in _disk_bytes().items()}
+        report = model.last_run.to_dict() if job.is_ours else None
     assert tokens.shape == (job.workload.rows, job.workload.new_tokens), tokens.shape
     rows = [row.numpy().tobytes() for row in tokens]
     at = clock.tokens_at
+    token_s = [b - a for a, b in zip([0.0, *at], at, strict=False)]
     return {
         "load_s": load_s,
         "prefill_s": at[0],
         "decode_s": at[-1] - at[0],
-        "token_s": [b - a for a, b in zip([0.0, *at], at, strict=False)],
+        "token_s": token_s,
+        "decode_sweep_s": statistics.median(token_s[1:] or [0.0]),
         "tokens_per_s": job.workload.tokens / at[-1],
         "peak_rss_bytes": peak_rss_bytes(),
+        "threads": torch.get_num_threads(),
         "tokens_sha256": hashlib.sha256(b"".join(rows)).hexdigest(),
         "row_sha256": [hashlib.sha256(row).hexdigest()[:12] for row in rows],
+        **moved,
         "report": report,
         "device_use": _since(before, _use_of(device)),
     }
+
+
+def _disk_bytes() -> dict[str, int]:
+    """What this process has had its disks move so far; reads out of the page cache do not count."""
+    found = {"disk_read_bytes": 0, "disk_write_bytes": 0}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/io").read_text().splitlines():
+            name, _, count = line.partition(":")
+            if f"disk_{name}" in found:
+                found[f"disk_{name}"] = int(count)
+    return found
 
 
 def _warm_up(dtype: str) -> None:

@@ -41,6 +41,11 @@ class Buffer:
         self._bytes: torch.Tensor | None = None
 
     @property
+    def tier(self) -> Tier:
+        """Where it is."""
+        return self._tier
+
+    @property
     def nbytes(self) -> int:
         """Size now."""
         return 0 if self._bytes is None else self._bytes.numel()

@@ -59,6 +59,7 @@ class Workspace:
         It casts and copies with one thread: a team of its own would take the cores from compute. On a device that
         computes asynchronously it has a stream of its own, so that its copies run beside compute.
         """
+        torch.get_num_threads()  # a thread that never asked would be given the number anew, and forget this one
         torch.set_num_threads(1)
         with torch.Stream(self.device) if self.is_asynchronous else contextlib.nullcontext():
             yield

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..planning.budget import Need
 from ..planning.placement import realised
 from ..planning.schedule import Route
 from ..policy import Tier
@@ -169,6 +170,20 @@ class WeightStore:
     def streamed_bytes(self) -> int:
         """Bytes read from disk in one sweep."""
         return sum(t.stored_bytes for t in self._tensors if self._homes[t.name] is Tier.DISK)
+
+    @property
+    def needs(self) -> list[Need]:
+        """What `load_homes` takes of each tier: homes, slots and staging."""
+        slots = [size for buffers in self._slots.values() for size in buffers if size[1]]
+        staged = [piece.staging_bytes for plan in self._stages for piece in plan.pieces if piece.staging_bytes]
+        arenas = (sum(round_up(t.stored_bytes, 64) for t, _ in plan.host) for plan in self._stages if plan.host)
+        resident = sum(t.device_bytes for t in self._tensors if self._homes[t.name] is Tier.DEVICE)
+        needs = [Need(Tier.DISK, self.streamed_bytes, "weights")]
+        needs += [Need(buffer.tier, round_up(nbytes), "weight slots") for buffer, nbytes in slots]
+        needs.append(Need(Tier.HOST, len(self._staging) * max(staged, default=0), "weight staging"))
+        needs.append(Need(Tier.HOST, sum(map(round_up, arenas)), "weights"))
+        needs.append(Need(Tier.DEVICE, resident, "weights"))
+        return [need for need in needs if need.nbytes]
 
     def routes(self) -> tuple[tuple[Route, ...], ...]:
         """For each stage the links that each piece of its weights crosses in a sweep."""

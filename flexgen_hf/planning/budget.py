@@ -1,0 +1,427 @@
+"""How many bytes of each tier a policy takes, before anything is taken, and which policies near to it take less.
+
+Some needs are exact: what the weights take, homes of cells and hidden states, and the reused buffers that they pass
+through. The account will show the same numbers. What the model's own code allocates while it computes can only be
+estimated (`Demand.needs` has the formula); it is entered into the account as if it were ours, for as long as a call
+lasts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ..policy import Placement, Policy, Tier
+from .placement import assign
+from .schedule import Rings
+
+__all__ = [
+    "ESTIMATED",
+    "Call",
+    "Demand",
+    "Limit",
+    "ModelShape",
+    "Need",
+    "alternatives",
+    "difference",
+    "fits",
+    "rings_of",
+    "totals",
+]
+
+#: names of the needs that are estimated; nobody but whoever asks takes them from the account
+ESTIMATED = frozenset({"working set", "logits"})
+
+_PAGE = 4096
+
+# Beams that change rows are exchanged through blocks of about this size (`cells.exchange`).
+_EXCHANGE_BYTES = 2 << 20
+
+# Rows of the head's table that are cast at a time (`parameters.linear`).
+_CAST_ROWS = 4096
+
+# Pinned buffers of an accelerator's links (`storage.pinned`).
+_PINNED_BYTES = 16 << 20
+
+
+class Need(NamedTuple):
+    """Bytes of a tier, and the name under which the account lists them."""
+
+    tier: Tier
+    nbytes: int
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """The most that some tiers may hold together.
+
+    Args:
+        tiers: on a machine that computes in RAM, device and host are one memory.
+        nbytes: the most.
+        name: for messages.
+    """
+
+    tiers: tuple[Tier, ...]
+    nbytes: int
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that decide how much memory a call takes.
+
+    Args:
+        num_layers: decoder layers.
+        hidden_size: elements of a token's hidden states.
+        inner_size: elements that the MLP has for a token at once, over all experts that it is sent to.
+        query_size: query heads x head_dim.
+        key_size: key heads x head_dim; None if the configuration does not say it.
+        num_heads: query heads.
+        vocab_size: rows of the head's table.
+        itemsize: bytes of an element in compute.
+        kept_itemsize: bytes of an element of a cell at home.
+        casts_head: the head's table is kept in another dtype than that of compute, and cast piece by piece.
+    """
+
+    num_layers: int
+    hidden_size: int
+    inner_size: int
+    query_size: int
+    key_size: int | None
+    num_heads: int
+    vocab_size: int
+    itemsize: int
+    kept_itemsize: int
+    casts_head: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one call of `generate` asks for.
+
+    Args:
+        rows: sequences in flight, beams and returned sequences counted each.
+        tokens: of the prompt that are computed at once, padding included.
+        capacity: tokens that the cache is allocated for.
+        past: tokens that a given cache holds already.
+        beams: rows that stay in one micro-batch.
+        copies: rows that a prompt becomes; a block holds whole prompts.
+        may_be_cut: rows do not influence each other, so a smaller block is another way to compute the same.
+        makes_cache: cells are made for the call; not if the caller gives a cache or wants none.
+        logit_tokens: tokens of a row whose logits the model returns at once.
+        kept_logits: how often the logits of one token of every row are held, in float32, until the call ends.
+        samples: tokens are drawn, so logits are sorted and normalized.
+        eager: attention writes its scores to memory.
+        keeps_hidden: hidden states of all layers are returned.
+    """
+
+    rows: int
+    tokens: int
+    capacity: int
+    past: int = 0
+    beams: int = 1
+    copies: int = 1
+    may_be_cut: bool = True
+    makes_cache: bool = True
+    logit_tokens: int = 1
+    kept_logits: int = 0
+    samples: bool = False
+    eager: bool = False
+    keeps_hidden: bool = False
+
+    def in_block(self, policy: Policy) -> Call:
+        """The call with as many rows as are in flight with this policy."""
+        if not self.may_be_cut:
+            return self
+        return dataclasses.replace(
+            self, rows=min(self.rows, max(1, policy.block_size // self.copies) * max(1, self.copies))
+        )
+
+    def batches(self, policy: Policy) -> list[int]:
+        """Rows of each micro-batch."""
+        size = max(self.beams, policy.batch_size // self.beams * self.beams)
+        return [min(size, self.rows - start) for start in range(0, self.rows, size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a model takes of each tier under any policy.
+
+    Args:
+        shape: its sizes.
+        weights: what its weights take under a placement: homes, slots and staging.
+        direct: compute works in host memory.
+        pinned: the links of the device need pinned memory.
+    """
+
+    shape: ModelShape
+    weights: Callable[[Placement], Sequence[Need]]
+    direct: bool = True
+    pinned: bool = False
+
+    def peak(self, policy: Policy, call: Call) -> dict[Tier, int]:
+        """The most that each tier holds during a call, in bytes."""
+        return totals([*self.weights(policy.weights), *self.needs(policy, call)])
+
+    def needs(self, policy: Policy, call: Call) -> list[Need]:
+        """What a call takes beside the weights, in the order in which it is taken.
+
+        The two estimates, with R rows in flight of which r are in a micro-batch, T tokens of the prompt, s the bytes
+        of an element in compute, h, f, q and k the elements that a token has as hidden states, in the MLP, as queries
+        and as keys:
+
+        *working set*: what the block holds while its prompt goes through the layers, and on top one layer at work.
+        The block: R T h s (2 + d), the embeddings that the model's own code keeps in its frame (of tokens and of
+        positions) and the share d of hidden states that is not parked elsewhere; R T T masks of one byte (R T T s
+        where attention is eager); 48 bytes of ids and positions for each token that a row can get. A layer, whichever
+        is larger: attention, r T s (2h + 5q + 2k) and the mask in the dtype of compute, r T T s, or where attention is
+        eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that computes in
+        float32, r T h (2s + 12).
+
+        *logits*: 2s + 4 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
+        in float32), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; and the
+        piece of the head's table that is being cast.
+
+        Measured on a CPU with models of two families, both estimates together were 1.1 to 2.1 times what the process
+        really took beyond the rest, where freed memory goes back to the system (`loading` sees to that).
+
+        Args:
+            policy: placements and block shape.
+            call: what is asked for, already cut to a block.
+        """
+        batches = call.batches(policy)
+        needs = [*self._cache(policy, call, batches), *self._hidden(policy, call, batches)]
+        if self.pinned:
+            needs.append(Need(Tier.HOST, _PINNED_BYTES, "pinned buffers"))
+        needs.append(Need(Tier.DEVICE, self._working_set(policy, call, batches), "working set"))
+        needs.append(Need(Tier.DEVICE, self._logits(call), "logits"))
+        return [need for need in needs if need.nbytes]
+
+    # ------------------------------------------------------------------------------------------------- the exact part
+    def _cache(self, policy: Policy, call: Call, batches: Sequence[int]) -> Iterator[Need]:
+        """Homes of cells, then the largest of each kind of buffer that cells pass through."""
+        shape = self.shape
+        if not call.makes_cache or shape.key_size is None:
+            return
+        casts = shape.kept_itemsize != shape.itemsize
+        cells = [(layer, batch) for layer in range(shape.num_layers) for batch in range(len(batches))]
+        homes = assign([(cell, 1) for cell in cells], policy.cache)
+        held = dict.fromkeys(Tier, 0)
+        staging = working = attended = 0
+        for cell, home in homes.items():
+            rows = batches[cell[1]]
+            kept = self._cell(rows, call.capacity, shape.kept_itemsize)
+            seen = self._cell(rows, call.capacity, shape.itemsize)
+            held[home] += kept
+            if policy.host_attention and not self.direct and home is Tier.HOST:
+                attended = max(attended, seen if casts else 0)
+                continue
+            if home is Tier.DISK:
+                staging = max(staging, kept)
+            if casts or (not self.direct and home is not Tier.DEVICE):
+                working = max(working, seen)
+        for tier in Tier:
+            yield Need(tier, held[tier], "the KV cache" if tier is Tier.DISK else "KV cache")
+        slots = rings_of(policy).cache
+        yield Need(Tier.HOST, slots * staging + attended, "cache slots")
+        yield Need(Tier.DEVICE, slots * working, "cache slots")
+        if call.beams > 1:
+            yield from self._exchange(call, list(homes.values()))
+
+    def _exchange(self, call: Call, homes: Collection[Tier]) -> Iterator[Need]:
+        token = call.rows * (self.shape.key_size or 0) * self.shape.kept_itemsize
+        on_disk = Tier.DISK in homes
+        # on disk, blocks begin on pages: of a number of tokens that is a power of two, at most 4096
+        largest = max(_EXCHANGE_BYTES, token * (_PAGE if on_disk else 1))
+        block = _pages(min(largest, token * call.capacity))
+        tiers = {home if home is Tier.DEVICE else Tier.HOST for home in homes}
+        for tier in tiers:
+            yield Need(tier, block, "cache scratch")
+        if on_disk:
+            yield Need(Tier.HOST, block, "cache scratch")
+
+    def _cell(self, rows: int, capacity: int, itemsize: int) -> int:
+        return 2 * _pages(rows * capacity * (self.shape.key_size or 0) * itemsize)
+
+    def _hidden(self, policy: Policy, call: Call, batches: Sequence[int]) -> Iterator[Need]:
+        """Homes of hidden states that are not where compute leaves them, and the buffers that they pass through."""
+        if call.keeps_hidden:
+            return
+        homes = assign([(batch, 1) for batch in range(len(batches))], policy.hidden)
+        token = self.shape.hidden_size * self.shape.itemsize
+        sizes = {batch: _pages(rows * call.tokens * token) for batch, rows in enumerate(batches)}
+        on_host = 0 if self.direct else sum(size for batch, size in sizes.items() if homes[batch] is Tier.HOST)
+        yield Need(Tier.HOST, on_host, "hidden states")
+        yield Need(Tier.DISK, sum(size for batch, size in sizes.items() if homes[batch] is Tier.DISK), "hidden states")
+        slots = rings_of(policy).hidden
+        passing = max((size for batch, size in sizes.items() if homes[batch] is Tier.DISK), default=0)
+        yield Need(Tier.HOST, (slots + (1 if self.direct else slots + 1)) * passing, "hidden slots")
+        if not self.direct:
+            moved = max((size for batch, size in sizes.items() if homes[batch] is not Tier.DEVICE), default=0)
+            yield Need(Tier.DEVICE, slots * moved, "hidden slots")
+
+    # ------------------------------------------------------------------------------------------------- the estimates
+    def _working_set(self, policy: Policy, call: Call, batches: Sequence[int]) -> int:
+        shape, tokens, size = self.shape, call.tokens, self.shape.itemsize
+        rows, at_once = call.rows, max(batches, default=0)
+        key = shape.query_size if shape.key_size is None else shape.key_size
+        near = policy.hidden.device + (policy.hidden.host if self.direct else 0)
+        parked = rings_of(policy).hidden * at_once / max(1, rows)  # on their way home or back
+        states = shape.num_layers + 1 if call.keeps_hidden else min(1.0, near + (parked if near < 1 else 0))
+        held = rows * tokens * shape.hidden_size * size * (2 + states)
+        held += rows * tokens * (call.past + tokens) * (size if call.eager else 1) + 48 * rows * call.capacity
+        scores = shape.num_heads * (2 * size if size >= 4 else size + 8) if call.eager else size
+        attention = tokens * (2 * shape.hidden_size + 5 * shape.query_size + 2 * key) * size
+        attention += tokens * (call.past + tokens) * scores
+        mlp = tokens * (2 * shape.hidden_size + shape.inner_size) * size
+        norm = tokens * shape.hidden_size * (2 * size + 12) if size < 4 else 0
+        return int(held + at_once * max(attention, mlp, norm))
+
+    def _logits(self, call: Call) -> int:
+        shape = self.shape
+        entry = (2 * shape.itemsize + (12 if call.beams > 1 else 0)) * max(1, call.logit_tokens)
+        entry += 4 + (28 if call.samples else 0) + 4 * call.kept_logits
+        cast = _CAST_ROWS * (shape.hidden_size + call.rows) * shape.itemsize if shape.casts_head else 0
+        return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def rings_of(policy: Policy) -> Rings:
+    """How many reused buffers a policy takes."""
+    return Rings() if policy.overlap else Rings(layers=1, cache=1, hidden=1)
+
+
+def totals(needs: Sequence[Need]) -> dict[Tier, int]:
+    """Bytes of each tier."""
+    held = dict.fromkeys(Tier, 0)
+    for need in needs:
+        held[need.tier] += need.nbytes
+    return held
+
+
+def fits(peak: Mapping[Tier, int], limits: Sequence[Limit]) -> bool:
+    """Whether no limit is passed."""
+    return all(sum(peak[tier] for tier in limit.tiers) <= limit.nbytes for limit in limits)
+
+
+# ------------------------------------------------------------------------------------------------------ what would fit
+def alternatives(policy: Policy, fit: Callable[[Policy], bool], *, blocks: bool = True) -> list[Policy]:
+    """Policies near to one that does not fit, which do; the nearest first.
+
+    In this order: the same placements with the largest smaller block; the same block with more of the cache on a lower
+    tier; with more of the weights there; with less of either on disk, where it is the disk that is too small. Where
+    none of these is enough, the largest block with cache and weights on disk; nothing if that does not fit either.
+
+    Args:
+        policy: the one that does not fit.
+        fit: whether a policy fits.
+        blocks: whether block and cache may change; not where it is the weights alone that do not fit.
+    """
+    found = []
+    if blocks:
+        found += [_smaller_block(policy, fit), _lower(policy, "cache", fit)]
+    found.append(_lower(policy, "weights", fit))
+    found += [_off_disk(policy, kind, fit) for kind in (("cache", "weights") if blocks else ("weights",))]
+    if blocks and not any(found):
+        below = policy.replace(cache=Placement(disk=1.0), weights=Placement(disk=1.0))
+        found = [below if fit(below) else _smaller_block(below, fit)]
+    return [other for other in found if other is not None]
+
+
+def _smaller_block(policy: Policy, fit: Callable[[Policy], bool]) -> Policy | None:
+    """The largest block below the policy's; of two that are equal the one of larger micro-batches."""
+    best: Policy | None = None
+    for number in range(policy.num_batches, 0, -1):
+        if best is not None and number * policy.batch_size <= best.block_size:
+            break
+
+        def make(size: int, number: int = number) -> Policy:
+            return policy.replace(batch_size=size, num_batches=number)
+
+        candidate = _last(1, policy.batch_size, make, fit)
+        if candidate is not None and (best is None or candidate.block_size >= best.block_size):
+            best = candidate
+    return best
+
+
+def _lower(policy: Policy, kind: str, fit: Callable[[Policy], bool]) -> Policy | None:
+    """The smallest share more, in whole percents, that has to go to the host, or if that is not enough to disk."""
+    placement: Placement = getattr(policy, kind)
+    for tier in (Tier.HOST, Tier.DISK):
+        first = int(placement.share(tier) * 100) + 1
+        most = round(100 * sum(placement.share(other) for other in _down_to(tier)))
+
+        def make(left: int, tier: Tier = tier, most: int = most) -> Policy:
+            return policy.replace(**{kind: _shifted(placement, tier, (most - left) / 100)})
+
+        found = _last(0, most - first, make, fit)  # counted from the end: with more percent, more fits
+        if found is not None:
+            return found
+    return None
+
+
+def _off_disk(policy: Policy, kind: str, fit: Callable[[Policy], bool]) -> Policy | None:
+    """The largest share, in whole percents, that may stay on disk if the rest goes to the host."""
+    placement: Placement = getattr(policy, kind)
+
+    def make(percent: int) -> Policy:
+        share = percent / 100
+        return policy.replace(**{kind: Placement(device=placement.device, host=1 - placement.device - share)})
+
+    return _last(0, math.ceil(placement.share(Tier.DISK) * 100) - 1, make, fit)
+
+
+def _down_to(tier: Tier) -> list[Tier]:
+    return list(Tier)[: list(Tier).index(tier) + 1]
+
+
+def _shifted(placement: Placement, tier: Tier, share: float) -> Placement:
+    """A placement with this share on `tier`, what is more taken from the tiers above it in proportion."""
+    shares = {other: placement.share(other) for other in Tier}
+    above = _down_to(tier)[:-1]
+    there = sum(shares[other] for other in above)
+    left = max(0.0, there - (share - shares[tier]))
+    for other in above:
+        shares[other] *= left / there if there else 0.0
+    if tier is Tier.HOST:
+        shares[tier] += there - left
+    return Placement(device=shares[Tier.DEVICE], host=shares[Tier.HOST])
+
+
+def _last(first: int, last: int, make: Callable[[int], Policy], fit: Callable[[Policy], bool]) -> Policy | None:
+    """What `make` makes of the largest number that fits, found by bisection; None if the first does not fit."""
+    if first > last:
+        return None
+    best = make(first)
+    if not fit(best):
+        return None
+    while first < last:
+        middle = (first + last + 1) // 2
+        candidate = make(middle)
+        if fit(candidate):
+            first, best = middle, candidate
+        else:
+            last = middle - 1
+    return best
+
+
+def difference(policy: Policy, other: Policy) -> str:
+    """What differs in `other`, for people: `"num_batches=3 (block 24)"`, `"40 % of the cache on disk"`."""
+    words = []
+    block = [f"{name}={getattr(other, name)}" for name in ("batch_size", "num_batches")
+             if getattr(policy, name) != getattr(other, name)]  # fmt: skip
+    if block:
+        words.append(f"{' and '.join(block)} (block {other.block_size})")
+    for kind in ("weights", "cache"):
+        before, after = getattr(policy, kind), getattr(other, kind)
+        for tier in (Tier.HOST, Tier.DISK):
+            if after.share(tier) > before.share(tier) + 1e-9:
+                on = "disk" if tier is Tier.DISK else "the host"
+                words.append(f"{after.share(tier) * 100:.0f} % of the {kind} on {on}")
+    return " and ".join(words) or "the same policy"

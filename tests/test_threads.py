@@ -64,10 +64,8 @@ def test_the_disk_has_two_requests_in_flight(checkpoint, tmp_path):
 
 
 def test_a_thread_that_cannot_be_set_up_is_an_error_at_once():
-    @contextlib.contextmanager
     def broken():
         raise RuntimeError("no stream")
-        yield
 
     with pytest.raises(RuntimeError, match="no stream"):
         Lanes(["read", "push"], workers={"read": 3}, around=broken)

@@ -130,9 +130,7 @@ class DeviceTensor(torch.Tensor):
         return self.held.data_ptr()
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Has attention run as one kernel, as on a GPU; torch knows none for this device and would make the scores."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:

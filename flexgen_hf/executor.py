@@ -25,7 +25,7 @@ from .architectures import Structure
 from .errors import UnsupportedModelError
 from .hidden_states import HiddenStates
 from .kv_cache import BlockCache
-from .parameters import ParameterTable, linear
+from .parameters import ParameterTable, TileCast
 from .planning.placement import assign
 from .planning.schedule import Lane, Route, Schedule, Step, StepId, Traffic, What
 from .policy import Policy, Tier
@@ -92,7 +92,8 @@ class Executor:
         self._closed = False
         self._schedule = Schedule(space.rings, overlap=policy.overlap)
         self._sweep = 0  # the one that runs, or the next one
-        self._loads: collections.Counter[int] = collections.Counter()  # how often each stage's weights were loaded
+        self._loads: collections.Counter[int] = collections.Counter()  # how often each stage was pushed
+        self._installs: collections.Counter[int] = collections.Counter()  # how often it was used
         self._tickets: dict[StepId, Ticket] = {}
         self._weight_slots: dict[tuple[int, int], int] = {}  # (sweep, stage) -> slot
         self._outer_loaded = False
@@ -103,6 +104,7 @@ class Executor:
         self._embedding_dtype: torch.dtype | None = None
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
         self._parameters = ParameterTable(model)
+        self._tiles = TileCast()
         self._parameters.install_resident(weights, model, space.device)
         self._patch()
 
@@ -137,6 +139,7 @@ class Executor:
         self.space.ledger.reset_peaks()
         self.weights.casts.clear()
         self._loads.clear()
+        self._installs.clear()
         self.last_run = RunReport(policy=self.policy, lanes=self._uses)
         self.last_run.placement["weights"] = self.weights.placement
         self._started = time.perf_counter()
@@ -151,6 +154,7 @@ class Executor:
         if self._hidden is not None:
             self.last_run.notes += self._hidden.notes
         self._cache = None
+        self._tiles.release()
         self._drop_hidden()
         self.last_run.upcasts = self._upcasts()
         self.last_run.elapsed_s = time.perf_counter() - self._started
@@ -162,7 +166,8 @@ class Executor:
         """How many tensors were cast to the dtype of compute in this session, and how often one at most per load."""
         stages = {tensor.name: tensor.stage for tensor in self.weights.stored}
         casts = self.weights.casts
-        most = max((-(-count // max(1, self._loads[stages[name]])) for name, count in casts.items()), default=0)
+        used = {name: max(1, self._loads[stages[name]], self._installs[stages[name]]) for name in casts}
+        most = max((-(-count // used[name]) for name, count in casts.items()), default=0)
         return {"tensors": casts.total(), "per_stage_and_sweep": most}
 
     def _abort(self) -> None:
@@ -393,7 +398,7 @@ class Executor:
         head = head.get_output_embeddings()
         inputs = [c.head_input for c in waiting if c.head_input is not None]
         if inputs and len(inputs) == len(waiting) and type(head) is nn.Linear:
-            logits = linear(torch.cat(inputs), head.weight, head.bias)
+            logits = self._tiles.linear(torch.cat(inputs), head.weight, head.bias)
             for coroutine, part in zip(waiting, torch.split(logits, [x.shape[0] for x in inputs]), strict=True):
                 coroutine.head_output = part
         for coroutine in waiting:
@@ -404,6 +409,9 @@ class Executor:
         for index, layer in enumerate(self.structure.layers):
             layer.__dict__["flexgen_forward"] = layer.forward
             layer.__dict__["forward"] = functools.partial(self._enter_layer, index + 1, layer)
+            for name in self.weights.late(index + 1):
+                linear: Any = self._parameters.owner(name)
+                linear.__dict__["forward"] = functools.partial(self._multiply, name, linear)
         model: Any = self.model
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if embedding is not None:
@@ -424,6 +432,11 @@ class Executor:
         if stage == self.structure.head_stage - 1:
             return output
         return hidden.park(coroutine.batch, output)
+
+    def _multiply(self, name: str, linear: Any, x: torch.Tensor) -> torch.Tensor:
+        """The forward of a layer's matrix that is kept in its stored dtype."""
+        self.weights.casts[name] += 1
+        return self._tiles.linear(x, linear.weight, linear.bias)
 
     def _enter_head(self, head: Any, *args: Any, **kwargs: Any) -> Any:
         coroutine = self._current("the head")
@@ -466,6 +479,7 @@ class Executor:
     # --------------------------------------------------------------------------------------------------------- helpers
     def _install(self, stage: int) -> None:
         source = self._weights_stage(stage)
+        self._installs[source] += 1
         self._parameters.install(source, self.weights.tensors(source, self._weights_slot(source)))
         if stage not in self._checked:
             # torch can multiply by a tensor on `meta` without an error and return garbage, so this is looked at once.

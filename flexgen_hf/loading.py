@@ -287,13 +287,15 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     space = Workspace(ledger, device, _offload_folder(options), rings_of(given or Policy()))
     if space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
         _return_freed_memory()
-    demand = _demand(model, structure, tensors, space, Compression.of(compression))
+    one_batch = (given.num_batches if given is not None else options.num_batches) == 1
+    place = functools.partial(_store, structure, tensors, space, one_batch=one_batch)
+    demand = _demand(model, structure, tensors, space, Compression.of(compression), place)
     policy = given or _default_policy(demand, options, [*ledger.limits(), *_free_memory(ledger, device)], model.config)
     policy = policy.replace(compression=Compression.of(compression))
     if policy.host_attention and device.type != "cpu":  # on a CPU, cells on the host are attended to there anyway
         attention.check_supported(model)
         model.set_attn_implementation(attention.NAME)
-    store = _store(structure, tensors, space, policy.weights)
+    store = place(policy.weights)
     ledger.check(store.needs, lambda: _what_fits(demand, policy, ledger.limits()))
     if policy.cache.disk or policy.hidden.disk:
         check_offload_folder(space.folder)
@@ -306,7 +308,7 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
 
 
 def _store(
-    structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, placement: Placement
+    structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, placement: Placement, *, one_batch: bool
 ) -> WeightStore:
     """The weights as they would be placed; nothing is read or allocated yet."""
     tables = _streamable_outer(structure, {t.name for t in tensors})
@@ -314,7 +316,7 @@ def _store(
     fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
     homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
     return WeightStore(
-        _at_tables(_cast_late(tensors, structure, homes, tables) if space.is_direct else tensors, tables),
+        _at_tables(_cast_late(tensors, structure, homes, tables, one_batch) if space.is_direct else tensors, tables),
         homes,
         num_stages=structure.num_stages,
         tied=_is_tied(structure),
@@ -323,7 +325,12 @@ def _store(
 
 
 def _demand(
-    model: Any, structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, compression: Compression
+    model: Any,
+    structure: Structure,
+    tensors: Sequence[StoredTensor],
+    space: Workspace,
+    compression: Compression,
+    place: Callable[[Placement], WeightStore],
 ) -> Demand:
     """What the model takes of each tier under any policy with the same rings."""
     tables = _streamable_outer(structure, {t.name for t in tensors})
@@ -338,7 +345,7 @@ def _demand(
             inner[stage] += math.prod(tensor.extent.shape) // hidden
     return Demand(
         shape_of(model.config, max(inner.values(), default=0), dtype.itemsize, min(kept, dtype.itemsize), casts_head),
-        functools.lru_cache(maxsize=64)(lambda placement: _store(structure, tensors, space, placement).needs),
+        functools.lru_cache(maxsize=64)(lambda placement: place(placement).needs),
         direct=space.is_direct,
         pinned=space.is_asynchronous,
     )
@@ -373,17 +380,31 @@ def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> li
 
 
 def _cast_late(
-    tensors: Sequence[StoredTensor], structure: Structure, homes: Mapping[str, Tier], tables: Mapping[str, int]
+    tensors: Sequence[StoredTensor],
+    structure: Structure,
+    homes: Mapping[str, Tier],
+    tables: Mapping[str, int],
+    one_batch: bool,
 ) -> list[StoredTensor]:
-    """Keeps a streamed table in its stored dtype; the executor casts the rows it uses, and the head piece by piece.
+    """Keeps in their stored dtype what the executor casts where it is used, piece by piece.
 
-    A whole copy in the dtype of compute would be the largest buffer of all. Only plain modules allow it: one that
-    computes more with its table (scales it, say) must see the right dtype.
+    Of the tables, a whole copy in the dtype of compute would be the largest buffer of all. A layer's matrices are
+    cast in this way if there is one micro-batch: a piece that stays in the processor's cache costs less than a copy
+    that is written to memory and read back. With more of them, one cast on the way serves all. Only plain modules allow
+    it: one that computes more with its weight (scales it, say) must see the right dtype.
     """
     model: Any = structure.model
     plain = type(model.get_input_embeddings()) is nn.Embedding and type(model.get_output_embeddings()) is nn.Linear
-    late = {name for name in tables if plain and homes[name] is not Tier.DEVICE}
-    return [dataclasses.replace(t, dtype=t.stored_dtype) if t.name in late else t for t in tensors]
+    late = {name for name in tables if plain}
+    if one_batch:
+        for index, layer in enumerate(structure.layers):
+            prefix = f"{structure.layers_name}.{index}"
+            late |= {f"{prefix}.{name}.weight" for name, part in layer.named_modules() if type(part) is nn.Linear}
+    late = {name for name in late if homes.get(name, Tier.DEVICE) is not Tier.DEVICE}
+    return [
+        dataclasses.replace(t, dtype=t.stored_dtype, is_late=True) if t.name in late and t.is_cast else t
+        for t in tensors
+    ]
 
 
 def _is_tied(structure: Structure) -> bool:

@@ -631,7 +631,7 @@ def shape_of(config: Any, inner_size: int, itemsize: int, kept_itemsize: int, ca
         inner_size: rows of the matrices of a layer's MLP, experts left out.
         itemsize: bytes of an element in compute.
         kept_itemsize: bytes of an element of a cell at home.
-        casts_head: the head's table is cast piece by piece.
+        casts_head: the head's table is cast tile by tile.
     """
     text = config.get_text_config(decoder=True)
     geometry = _cache_geometry(config)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .weights.store import WeightStore
 
-__all__ = ["ParameterTable", "linear"]
+__all__ = ["ParameterTable", "TileCast"]
 
 
 class ParameterTable:
@@ -27,6 +27,7 @@ class ParameterTable:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._placeholders: dict[str, Any] = {}
         names: dict[int, str] = {}
@@ -84,6 +85,10 @@ class ParameterTable:
                 return self._placeholders[name].dtype  # type: ignore[no-any-return]
         return None
 
+    def owner(self, name: str) -> nn.Module:
+        """The module that holds a tensor."""
+        return self._model.get_submodule(name.rpartition(".")[0])
+
     def check_complete(self, modules: list[nn.Module], where: str) -> None:
         """Raises `RuntimeError` if a tensor of `modules` is missing.
 
@@ -99,22 +104,51 @@ class ParameterTable:
             store[key] = value
 
 
-# Rows of a table that are cast at a time: few enough to stay in cache, enough for an efficient product.
-_CAST_ROWS = 4096
+# What is cast at a time stays in the processor's cache where few rows are multiplied, and memory is the limit; where
+# many are, a larger part makes the product more efficient.
+_FEW_ROWS = 64
+_SMALL_TILE_BYTES, _TILE_BYTES = 2 << 20, 8 << 20
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear` for a weight kept in another dtype, which is cast piece by piece.
+class TileCast:
+    """`torch.nn.functional.linear` for weights kept in another dtype, cast tile by tile into a reused buffer."""
 
-    Args:
-        x: (..., in_features) in the dtype of compute.
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-    """
-    if weight.dtype == x.dtype:
-        return nn.functional.linear(x, weight, bias)
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    for start in range(0, weight.shape[0], _CAST_ROWS):
-        rows = slice(start, start + _CAST_ROWS)
-        out[..., rows] = nn.functional.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows])
-    return out
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def release(self) -> None:
+        """Gives the buffer back."""
+        self._buffer = None
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product.
+
+        Args:
+            x: (..., in_features) in the dtype of compute.
+            weight: (out_features, in_features).
+            bias: (out_features,) in the dtype of compute, or None.
+        """
+        if weight.dtype == x.dtype:
+            return nn.functional.linear(x, weight, bias)
+        width = weight.shape[1]
+        rows = x.reshape(-1, width)
+        out = x.new_empty((rows.shape[0], weight.shape[0]))
+        step = self._tile_rows(rows.shape[0], width * x.element_size())
+        tile = self._tile(step * width, x).view(step, width)
+        for start in range(0, weight.shape[0], step):
+            part = slice(start, min(start + step, weight.shape[0]))
+            cast = tile[: part.stop - part.start].copy_(weight[part])
+            torch.mm(rows, cast.t(), out=out[:, part])
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def _tile_rows(rows: int, row_bytes: int) -> int:
+        return max(1, (_SMALL_TILE_BYTES if rows <= _FEW_ROWS else _TILE_BYTES) // row_bytes)
+
+    def _tile(self, size: int, like: torch.Tensor) -> torch.Tensor:
+        held = self._buffer
+        if held is None or held.dtype != like.dtype or held.device != like.device or held.numel() < size:
+            held = self._buffer = like.new_empty(size)
+        return held[:size]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_hf import Placement, Tier
-from flexgen_hf.planning.placement import assign, fill, realised
+from flexgen_hf.planning.placement import assign, realised
 
 Sizes = Sequence[tuple[str, int]]
 Rule = Callable[[Sizes, Placement], dict[str, Tier]]
@@ -128,29 +128,3 @@ class TestAssign:
     def test_the_same_answer_every_time(self):
         sizes, placement = SHAPES["opt-1.3b"], Placement(device=0.3, host=0.3)
         assert assign(sizes, placement) == assign(list(sizes), placement)
-
-
-class TestFill:
-    def test_the_fastest_tier_first(self):
-        room = {Tier.DEVICE: 20, Tier.HOST: 50}
-        assert fill(100, room) == Placement(device=0.2, host=0.5, disk=0.3)
-
-    def test_everything_fits_on_the_device(self):
-        assert fill(100, {Tier.DEVICE: 100, Tier.HOST: 0}) == Placement(device=1.0)
-        assert fill(100, {Tier.DEVICE: None}) == Placement(device=1.0)
-
-    def test_a_tier_without_limit_takes_the_rest(self):
-        assert fill(100, {Tier.DEVICE: 30, Tier.HOST: None}) == Placement(device=0.3, host=0.7)
-
-    def test_no_room_at_all_is_left_to_the_disk(self):
-        assert fill(100, {Tier.DEVICE: 0, Tier.HOST: -5}) == Placement(disk=1.0)
-
-    def test_nothing_to_place(self):
-        assert fill(0, {Tier.DEVICE: 0}) == Placement(device=1.0)
-
-    @given(st.integers(1, 2**40), st.integers(0, 2**40), st.integers(0, 2**40))
-    @settings(max_examples=100, deadline=None)
-    def test_no_tier_gets_more_than_its_room(self, total, device, host):
-        placement = fill(total, {Tier.DEVICE: device, Tier.HOST: host})
-        assert placement.device * total <= device * (1 + 1e-9)
-        assert placement.host * total <= host * (1 + 1e-9) + 1

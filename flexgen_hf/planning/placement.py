@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ..policy import Placement, Tier
 
-__all__ = ["assign", "fill", "realised"]
+__all__ = ["assign", "realised"]
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -52,22 +52,3 @@ def realised(sizes: Iterable[tuple[_K, int]], homes: Mapping[_K, Tier]) -> dict[
     for key, size in sizes:
         got[homes[key]] += size
     return got
-
-
-def fill(total: int, room: Mapping[Tier, int | None]) -> Placement:
-    """The placement that fills the fastest tiers first, as Accelerate's `device_map="auto"` does.
-
-    Args:
-        total: bytes to place.
-        room: free bytes of each tier; `None` is without limit. What fits nowhere is left to the disk, whose own limit
-            then refuses it with the numbers.
-    """
-    shares, left = {}, total
-    for tier in (Tier.DEVICE, Tier.HOST):
-        free = room.get(tier)
-        taken = left if free is None else max(0, min(left, free))
-        shares[tier.value] = taken / total if total else 0.0
-        left -= taken
-    if not total:
-        return Placement(device=1.0)
-    return Placement(device=shares["device"], host=min(shares["host"], 1 - shares["device"]))

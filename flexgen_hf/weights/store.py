@@ -29,6 +29,9 @@ __all__ = ["StoredTensor", "WeightStore"]
 # Tensors this close together in a file are read with the bytes between them: one request is cheaper than two.
 _GAP_BYTES = 16 << 10
 
+# Where compute works in host memory, tensors up to this size are cast when their stage begins.
+_SMALL_BYTES = 256 << 10
+
 # Large enough for the full speed of disks and links, small enough that a cell does not wait long behind one.
 _PIECE_BYTES = 8 << 20
 
@@ -42,12 +45,14 @@ class StoredTensor:
         stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
         extent: the bytes in a safetensors file.
         dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
+        is_late: it arrives in its stored dtype and is cast where it is used.
     """
 
     name: str
     stage: int
     extent: TensorExtent
     dtype: torch.dtype
+    is_late: bool = False
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -189,6 +194,10 @@ class WeightStore:
         """For each stage the links that each piece of its weights crosses in a sweep."""
         return tuple(tuple(piece.route for piece in stage.pieces) for stage in self._stages)
 
+    def late(self, stage: int) -> list[str]:
+        """Matrices of a stage that arrive in their stored dtype, to be cast where they are multiplied."""
+        return [tensor.name for tensor in self._tensors if tensor.stage == stage and tensor.is_late]
+
     def resident(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors whose home is the device, by name."""
         yield from self._resident.items()
@@ -201,7 +210,9 @@ class WeightStore:
             for tensor, at in part:
                 if tensor.name not in plan.pushed:
                     assert memory is not None
-                    yield tensor.name, tensor_view(memory.bytes, at, tensor.stored_dtype, tensor.extent.shape)
+                    value = tensor_view(memory.bytes, at, tensor.stored_dtype, tensor.extent.shape)
+                    self.casts[tensor.name] += tensor.is_cast
+                    yield tensor.name, value.to(tensor.dtype)
         for tensor, at in plan.pushed.values():
             assert device is not None
             yield tensor.name, tensor_view(device.bytes, at, tensor.dtype, tensor.extent.shape)
@@ -303,19 +314,23 @@ class WeightStore:
         if plan.host:
             plan.arena = Buffer(self._space.ledger, Tier.HOST, self._space.device, "weights")
         disk = [tensor for tensor in members if self._homes[tensor.name] is Tier.DISK]
-        if self._space.is_direct and not any(tensor.is_cast for tensor in disk):
+        if self._space.is_direct and not any(self._is_pushed(tensor) for tensor in disk):
             runs, plan.in_place, plan.host_bytes = _runs(disk)
             plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
             moved = []
         else:
             plan.pieces, moved = _staged_pieces(disk), disk
         at = 0
-        for tensor in (*moved, *(t for t, _ in plan.host if not self._space.is_direct or t.is_cast)):
+        for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t))):
             plan.pushed[tensor.name] = (tensor, at)
             at += round_up(tensor.device_bytes, 64)
         plan.device_bytes = at
         plan.pieces += _host_pieces([(t, at) for t, at in plan.host if t.name in plan.pushed])
         return plan
+
+    def _is_pushed(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor cannot be used where it was read."""
+        return not self._space.is_direct or (tensor.is_cast and tensor.stored_bytes > _SMALL_BYTES)
 
     def _make_slots(self) -> dict[tuple[str, int], list[tuple[Buffer, int]]]:
         """For each slot a buffer on the host and one on the device, with the bytes they must hold."""

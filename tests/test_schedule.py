@@ -338,6 +338,24 @@ def test_what_went_home_is_home_before_it_is_loaded_again(program):
 
 @given(programs)
 @drawn
+def test_hidden_states_on_their_way_home_do_not_pile_up(program):
+    ancestors = program.ancestors()
+    leaving: dict[int, list[StepId]] = defaultdict(list)  # the last steps that bring them home
+    for step in program.steps:
+        name = step.id
+        if name.what is What.HIDDEN and name.lane in STORES:
+            route = program.of_sweep(name.sweep).hidden[name.batch]
+            if name.lane is (Lane.HOST_TO_DISK if route.write else Lane.DEVICE_TO_HOST):
+                leaving[name.sweep].append(name)
+        is_layer = name.lane is Lane.COMPUTE and 0 < name.stage < program.traffic.head - 1
+        if is_layer and program.of_sweep(name.sweep).hidden[name.batch].moves:
+            done = ancestors[program.at[name]]
+            waiting = [other for other in leaving[name.sweep] if not done >> program.at[other] & 1]
+            assert len(waiting) < program.rings.hidden
+
+
+@given(programs)
+@drawn
 def test_no_two_users_of_one_slot_overlap_within_and_across_sweeps(program):
     assert next(races(program), None) is None
 

@@ -233,6 +233,7 @@ class _Sweep:
         self.visits = [(stage, batch) for stage in range(1, traffic.head) for batch in range(traffic.num_batches)]
         self.ready: dict[tuple[What, int, int], tuple[int, list[StepId]]] = {}  # visit -> slot, what compute waits for
         self.begun = {What.CACHE: 0, What.HIDDEN: 0}
+        self.stored: list[StepId] = []  # the steps that bring hidden states home, in order
 
     def steps(self) -> Iterator[Step]:
         traffic, rings = self.traffic, self.schedule.rings
@@ -273,12 +274,18 @@ class _Sweep:
         cell, hidden = self.traffic.cache[stage][batch], self.traffic.hidden[batch]
         slot, after = self.ready.pop((What.CACHE, stage, batch), (-1, []))
         _, after_hidden = self.ready.pop((What.HIDDEN, stage, batch), (-1, []))
-        compute = self.compute(stage, batch, (*after, *after_hidden))._replace(slot=slot)
+        goes_home = hidden.moves and stage < self.traffic.head - 1
+        # What compute makes faster than it goes home would pile up where there is no room for it.
+        size = self.schedule.rings.hidden
+        room = [self.stored[-size]] if goes_home and len(self.stored) >= size else []
+        compute = self.compute(stage, batch, (*after, *after_hidden, *room))._replace(slot=slot)
         yield compute
         if cell.moves:
             yield from self._store(What.CACHE, stage, batch, cell, slot, compute.id)
-        if hidden.moves and stage < self.traffic.head - 1:
-            yield from self._store(What.HIDDEN, stage, batch, hidden, -1, compute.id)
+        if goes_home:
+            stores = list(self._store(What.HIDDEN, stage, batch, hidden, -1, compute.id))
+            self.stored += [step.id for step in stores[-1:]]
+            yield from stores
 
     def loads(self, what: What, visits: Iterator[tuple[int, int]], until: int) -> Iterator[Step]:
         """The loads of all visits before number `until` that are still to come."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 
 from .checkpoints import opt_config
 from .comparison import load_plain, ragged, save_tiny
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all their processes inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: a change is to blame for what it breaks, not the draw.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

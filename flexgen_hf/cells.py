@@ -26,6 +26,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .errors import UnsupportedModelError
+from .planning.budget import EXCHANGE_BYTES
 from .planning.schedule import Route
 from .policy import Compression, Tier
 from .storage.buffers import PAGE, Buffer, round_up, tensor_view
@@ -38,7 +39,7 @@ __all__ = ["CacheSpace", "Cell", "SlotBytes", "exchange"]
 _Tokens = tuple[int, int]
 
 # What is done to cells outside of sweeps goes through memory in blocks of tokens of about this size.
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = EXCHANGE_BYTES
 
 
 class SlotBytes(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .planning.budget import TILE_BYTES
 from .weights.store import WeightStore
 
 __all__ = ["ParameterTable", "TileCast"]
@@ -107,7 +108,7 @@ class ParameterTable:
 # What is cast at a time stays in the processor's cache where few rows are multiplied, and memory is the limit; where
 # many are, a larger part makes the product more efficient.
 _FEW_ROWS = 64
-_SMALL_TILE_BYTES, _TILE_BYTES = 2 << 20, 8 << 20
+_SMALL_TILE_BYTES = 2 << 20
 
 
 class TileCast:
@@ -145,7 +146,7 @@ class TileCast:
 
     @staticmethod
     def _tile_rows(rows: int, row_bytes: int) -> int:
-        return max(1, (_SMALL_TILE_BYTES if rows <= _FEW_ROWS else _TILE_BYTES) // row_bytes)
+        return max(1, (_SMALL_TILE_BYTES if rows <= _FEW_ROWS else TILE_BYTES) // row_bytes)
 
     def _tile(self, size: int, like: torch.Tensor) -> torch.Tensor:
         held = self._buffer

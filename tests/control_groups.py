@@ -11,7 +11,32 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["memory_limit", "run_in"]
+__all__ = ["PEAK_MEMORY", "memory_limit", "run_in"]
+
+#: goes before the code of a subprocess: `with PeakMemory() as memory:` notes its own memory (anonymous, in bytes)
+#: before, and at its peak
+PEAK_MEMORY = """
+import threading
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+class PeakMemory:
+    def __enter__(self):
+        self.before, self.peak, self.done = anonymous(), 0, threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, anonymous())
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.watcher.join()
+"""
 
 _ROOT = Path("/sys/fs/cgroup/memory")
 

@@ -21,7 +21,7 @@ from flexgen_hf.bench import emulated
 from flexgen_hf.bench.shapes import write_random_checkpoint
 from flexgen_hf.modeling import _joined
 from flexgen_hf.planning.budget import ESTIMATED, Call, Demand, Limit, ModelShape, Need, alternatives, difference, fits
-from tests.control_groups import memory_limit, run_in
+from tests.control_groups import PEAK_MEMORY, memory_limit, run_in
 from tests.tiny import DISK, batch, greedy, load, pretend_accelerator, reference, write_tiny_opt
 
 ROOT = Path(__file__).parent.parent
@@ -362,43 +362,32 @@ def test_the_default_policy_keeps_the_block_that_was_asked_for(deep: Path, offlo
 # ------------------------------------------------------------------------------------------------------ a control group
 # Loads under a budget; where a call is refused, loads again with the block that the message names. Prints the anonymous
 # memory before the work and at its peak.
-WORKER = """
-import json, re, sys, threading
+WORKER = (
+    PEAK_MEMORY
+    + """
+import json, re, sys
 import torch
 torch.set_num_threads(1)
 from flexgen_hf import CapacityError, FlexGenForCausalLM, Policy
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 folder, offload, budget, rows, tokens = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 ids = torch.randint(4, 200, (rows, tokens), generator=torch.Generator().manual_seed(0))
 mask = torch.ones_like(ids)
 mask[1:, :3] = 0
-peak, done = 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
 blocks, result = [(rows, 1)], None
-while result is None:
-    policy = Policy.parse("0 50 0 100 100 0", batch_size=blocks[-1][0], num_batches=blocks[-1][1])
-    with FlexGenForCausalLM.from_pretrained(
-        folder, policy=policy, max_memory={"cpu": budget}, offload_folder=offload, device="cpu", dtype=torch.float32
-    ) as model:
-        try:
-            result = model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-        except CapacityError as error:
-            blocks.append((int(re.search(r"batch_size=(\\d+)", str(error))[1]), 1))
-done.set()
-watcher.join()
-print(json.dumps({"peak": peak, "blocks": blocks, "tokens": result.tolist()}))
+with PeakMemory() as memory:
+    while result is None:
+        policy = Policy.parse("0 50 0 100 100 0", batch_size=blocks[-1][0], num_batches=blocks[-1][1])
+        with FlexGenForCausalLM.from_pretrained(
+            folder, policy=policy, max_memory={"cpu": budget}, offload_folder=offload, device="cpu", dtype=torch.float32
+        ) as model:
+            try:
+                result = model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+            except CapacityError as error:
+                blocks.append((int(re.search(r"batch_size=(\\d+)", str(error))[1]), 1))
+print(json.dumps({"peak": memory.peak, "blocks": blocks, "tokens": result.tolist()}))
 """
+)
 BUDGET = 330 << 20
 SLACK = 64 << 20
 

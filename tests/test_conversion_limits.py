@@ -8,35 +8,21 @@ import torch
 
 from conversion.verify import verify
 from tests.checkpoints import opt_config, write_random_checkpoint
-from tests.control_groups import memory_limit, run_in
+from tests.control_groups import PEAK_MEMORY, memory_limit, run_in
 
 ROOT = Path(__file__).parent.parent
 
 # Prints the process's own memory (anonymous, in bytes) after the imports, and its peak while converting.
-CONVERT = """
-import sys, threading
+CONVERT = f"""{PEAK_MEMORY}
+import sys
 import torch, transformers
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 from conversion.convert import convert
 import conversion.sources
 
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-before, peak, done = anonymous(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-thread = threading.Thread(target=watch)
-thread.start()
-convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
-done.set()
-thread.join()
-print(before, peak)
+with PeakMemory() as memory:
+    convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
+print(memory.before, memory.peak)
 """
 
 SHAPE = {

@@ -14,20 +14,9 @@ from flexgen_hf.storage import files
 from flexgen_hf.storage.buffers import round_up
 from flexgen_hf.storage.ledger import Ledger
 from flexgen_hf.storage.workspace import Workspace
+from tests.tiny import Accelerator
 
 HIDDEN = 33
-
-
-class Accelerator(Workspace):
-    """Computes in memory of its own as far as hidden states can tell."""
-
-    @property
-    def is_direct(self) -> bool:
-        return False
-
-    @property
-    def is_asynchronous(self) -> bool:
-        return False
 
 
 @pytest.fixture(params=[Workspace, Accelerator], ids=["cpu", "accelerator"])

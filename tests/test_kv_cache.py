@@ -23,8 +23,8 @@ from flexgen_hf.storage import files
 from flexgen_hf.storage.buffers import PAGE, round_up
 from flexgen_hf.storage.ledger import Ledger
 from flexgen_hf.storage.workspace import Workspace
+from tests.tiny import Accelerator, greedy, load, pretend_accelerator, reference, write_tiny_opt
 from tests.tiny import batch as prompts
-from tests.tiny import greedy, load, pretend_accelerator, reference, write_tiny_opt
 
 LAYERS, HEADS, DIM = 2, 2, 3
 HOMES = {
@@ -33,18 +33,6 @@ HOMES = {
     "disk": [Tier.DISK],
     "mixed": [Tier.DISK, Tier.DEVICE, Tier.HOST],
 }
-
-
-class Accelerator(Workspace):
-    """Computes in memory of its own as far as the cache can tell: cells are pushed and pulled."""
-
-    @property
-    def is_direct(self) -> bool:
-        return False
-
-    @property
-    def is_asynchronous(self) -> bool:
-        return False
 
 
 class Pair:

@@ -19,6 +19,7 @@ from tests.checkpoints import opt_config
 __all__ = [
     "DISK",
     "EVERYTHING_ON_DISK",
+    "Accelerator",
     "batch",
     "flexgen_threads",
     "greedy",
@@ -89,6 +90,18 @@ def pretend_accelerator(patch: pytest.MonkeyPatch) -> None:
     """Has everything pushed to the device and pulled from it, though both are the same memory: all lanes are used."""
     patch.setattr(Workspace, "is_direct", False)
     patch.setattr(Workspace, "is_asynchronous", False)
+
+
+class Accelerator(Workspace):
+    """Has its cells and hidden states pushed and pulled, as `pretend_accelerator` has everything."""
+
+    @property
+    def is_direct(self) -> bool:
+        return False
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return False
 
 
 def flexgen_threads() -> list[str]:

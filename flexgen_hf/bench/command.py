@@ -189,7 +189,7 @@ def _whole_numbers(text: str, option: str) -> list[int]:
 
 def _policy(text: str | None, **fields: Any) -> Policy | None:
     """None if nothing about it was said: then flexgen fills the fastest tiers first."""
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = _given(**fields)
     if text is not None:
         return Policy.of(text, **fields)
     return Policy.from_dict(fields) if fields else None

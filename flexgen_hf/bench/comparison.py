@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .systems import Job
+from .systems import Job, is_ours
 from .trial import Record
 
 __all__ = ["Peers", "Summary", "compare", "equal_rows", "jobs_of", "summarize", "table"]
@@ -131,7 +131,7 @@ class Summary:
     @property
     def is_ours(self) -> bool:
         """Whether it is a system of this package."""
-        return self.system.startswith("flexgen")
+        return is_ours(self.system)
 
     @property
     def sweep_s(self) -> float:

@@ -12,7 +12,7 @@ from ..errors import PolicyError
 from ..policy import Placement, Policy
 from .workload import Workload
 
-__all__ = ["SYSTEMS", "DeviceSpec", "Job", "load", "share_in_memory"]
+__all__ = ["SYSTEMS", "DeviceSpec", "Job", "is_ours", "load", "share_in_memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Job:
     @property
     def is_ours(self) -> bool:
         """Whether it is a system of this package."""
-        return self.system.startswith("flexgen")
+        return is_ours(self.system)
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -109,6 +109,11 @@ def share_in_memory(offload: str) -> float:
         if kind == "mixed" and 0 <= float(share) <= 1:
             return float(share)
     raise PolicyError(f"{offload!r} is unknown; use disk, cpu, or for example mixed:0.6 for 60 percent in RAM")
+
+
+def is_ours(system: str) -> bool:
+    """Whether a system is this package's."""
+    return system.startswith("flexgen")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,9 @@ from .schedule import Rings
 
 __all__ = [
     "ESTIMATED",
+    "EXCHANGE_BYTES",
+    "PINNED_BYTES",
+    "TILE_BYTES",
     "Call",
     "Demand",
     "Limit",
@@ -36,14 +39,14 @@ ESTIMATED = frozenset({"working set", "logits"})
 
 _PAGE = 4096
 
-# Beams that change rows are exchanged through blocks of about this size (`cells.exchange`).
-_EXCHANGE_BYTES = 2 << 20
+#: beams that change rows are exchanged through blocks of about this size (`cells.exchange`)
+EXCHANGE_BYTES = 2 << 20
 
-# A tile of what is cast where it is multiplied (`parameters.TileCast`).
-_TILE_BYTES = 8 << 20
+#: the largest tile of what is cast where it is multiplied (`parameters.TileCast`)
+TILE_BYTES = 8 << 20
 
-# Pinned buffers of an accelerator's links (`storage.pinned`).
-_PINNED_BYTES = 16 << 20
+#: pinned buffers of an accelerator's links, all together (`storage.pinned`)
+PINNED_BYTES = 16 << 20
 
 
 class Need(NamedTuple):
@@ -197,7 +200,7 @@ class Demand:
         batches = call.batches(policy)
         needs = [*self._cache(policy, call, batches), *self._hidden(policy, call, batches)]
         if self.pinned:
-            needs.append(Need(Tier.HOST, _PINNED_BYTES, "pinned buffers"))
+            needs.append(Need(Tier.HOST, PINNED_BYTES, "pinned buffers"))
         needs.append(Need(Tier.DEVICE, self._working_set(policy, call, batches), "working set"))
         needs.append(Need(Tier.DEVICE, self._logits(call), "logits"))
         return [need for need in needs if need.nbytes]
@@ -237,7 +240,7 @@ class Demand:
         token = call.rows * (self.shape.key_size or 0) * self.shape.kept_itemsize
         on_disk = Tier.DISK in homes
         # on disk, blocks begin on pages: of a number of tokens that is a power of two, at most 4096
-        largest = max(_EXCHANGE_BYTES, token * (_PAGE if on_disk else 1))
+        largest = max(EXCHANGE_BYTES, token * (_PAGE if on_disk else 1))
         block = _pages(min(largest, token * call.capacity))
         tiers = {home if home is Tier.DEVICE else Tier.HOST for home in homes}
         for tier in tiers:
@@ -286,7 +289,7 @@ class Demand:
         shape = self.shape
         entry = (2 * shape.itemsize + (12 if call.beams > 1 else 0)) * max(1, call.logit_tokens)
         entry += 4 + (28 if call.samples else 0) + 4 * call.kept_logits
-        cast = _TILE_BYTES if shape.casts_head else 0
+        cast = TILE_BYTES if shape.casts_head else 0
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
 
 

@@ -240,9 +240,7 @@ class _Sweep:
         ahead = rings.layers - 1
         last, batches = traffic.head - 1, traffic.num_batches
         cells, hidden = iter(self.visits), iter(self.visits)
-        yield from self.load_weights(0)
-        yield from self.load_weights(1)
-        for stage in range(2, 1 + min(ahead, last)):
+        for stage in range(1 + min(max(1, ahead), last)):
             yield from self.load_weights(stage)
         for number, (stage, batch) in enumerate(self.visits):
             if not ahead and batch == 0:
@@ -341,14 +339,14 @@ class _Sweep:
         ring = self.schedule.outer if stage in (0, self.traffic.head) else self.schedule.layers
         slot, free = ring.take(until)
         for piece, route in enumerate(pieces):
-            staging, after = -1, free
-            name = StepId(self.sweep, Lane.DISK_TO_HOST, What.WEIGHTS, stage, -1, piece)
+            read = StepId(self.sweep, Lane.DISK_TO_HOST, What.WEIGHTS, stage, -1, piece)
+            push = read._replace(lane=Lane.HOST_TO_DEVICE)
             if route.read and route.push:  # the slot itself is needed by the second link only
-                staging, after = self.schedule.pieces.take(name._replace(lane=Lane.HOST_TO_DEVICE))
-                yield Step(name, tuple(after), slot, staging)
-                yield Step(name._replace(lane=Lane.HOST_TO_DEVICE), (*free, name), slot, staging)
+                staging, after = self.schedule.pieces.take(push)
+                yield Step(read, tuple(after), slot, staging)
+                yield Step(push, (*free, read), slot, staging)
             else:
-                yield Step(name if route.read else name._replace(lane=Lane.HOST_TO_DEVICE), tuple(after), slot)
+                yield Step(read if route.read else push, tuple(free), slot)
 
     def _load(self, what: What, stage: int, batch: int, route: Route, slot: int, after: list[StepId]) -> Iterator[Step]:
         if route.read:

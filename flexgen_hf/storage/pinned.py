@@ -13,15 +13,16 @@ from typing import Any, Protocol
 
 import torch
 
+from ..planning.budget import PINNED_BYTES
 from ..policy import Tier
 from .ledger import Ledger
 
 __all__ = ["PinnedPool"]
 
-_BUFFER_BYTES = 4 << 20
-
 # one pair for each direction; a third copy waits
 _PAIRS = 2
+
+_BUFFER_BYTES = PINNED_BYTES // (2 * _PAIRS)
 
 
 class _Event(Protocol):

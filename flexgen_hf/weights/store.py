@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -131,6 +131,11 @@ class _Stage:
     host_bytes: int = 0  # of the slot that tensors are read into in place
     device_bytes: int = 0
 
+    @property
+    def arena_bytes(self) -> int:
+        """Size of the host arena."""
+        return sum(round_up(tensor.stored_bytes, 64) for tensor, _ in self.host)
+
 
 class WeightStore:
     """All weights of a model, each in its home tier.
@@ -177,15 +182,19 @@ class WeightStore:
         return sum(t.stored_bytes for t in self._tensors if self._homes[t.name] is Tier.DISK)
 
     @property
+    def _staging_bytes(self) -> int:
+        """Size of each staging buffer, that of the largest piece that passes through one."""
+        return max((piece.staging_bytes for plan in self._stages for piece in plan.pieces), default=0)
+
+    @property
     def needs(self) -> list[Need]:
         """What `load_homes` takes of each tier: homes, slots and staging."""
         slots = [size for buffers in self._slots.values() for size in buffers if size[1]]
-        staged = [piece.staging_bytes for plan in self._stages for piece in plan.pieces if piece.staging_bytes]
-        arenas = (sum(round_up(t.stored_bytes, 64) for t, _ in plan.host) for plan in self._stages if plan.host)
+        arenas = (plan.arena_bytes for plan in self._stages if plan.host)
         resident = sum(t.device_bytes for t in self._tensors if self._homes[t.name] is Tier.DEVICE)
         needs = [Need(Tier.DISK, self.streamed_bytes, "weights")]
         needs += [Need(buffer.tier, round_up(nbytes), "weight slots") for buffer, nbytes in slots]
-        needs.append(Need(Tier.HOST, len(self._staging) * max(staged, default=0), "weight staging"))
+        needs.append(Need(Tier.HOST, len(self._staging) * self._staging_bytes, "weight staging"))
         needs.append(Need(Tier.HOST, sum(map(round_up, arenas)), "weights"))
         needs.append(Need(Tier.DEVICE, resident, "weights"))
         return [need for need in needs if need.nbytes]
@@ -231,9 +240,8 @@ class WeightStore:
             for buffer, nbytes in buffers:
                 if nbytes:
                     buffer.ensure(nbytes)
-        staged = [piece.staging_bytes for plan in self._stages for piece in plan.pieces if piece.staging_bytes]
-        for buffer in self._staging if staged else ():
-            buffer.ensure(max(staged))
+        for buffer in self._staging if self._staging_bytes else ():
+            buffer.ensure(self._staging_bytes)
         for loaded in itertools.chain(self._fill_arenas(), self._make_resident()):
             if progress is not None:
                 progress(loaded)
@@ -319,13 +327,13 @@ class WeightStore:
             plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
             moved = []
         else:
-            plan.pieces, moved = _staged_pieces(disk), disk
+            plan.pieces, moved = _cut([(tensor, None) for tensor in _in_file_order(disk)]), disk
         at = 0
         for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t))):
             plan.pushed[tensor.name] = (tensor, at)
             at += round_up(tensor.device_bytes, 64)
         plan.device_bytes = at
-        plan.pieces += _host_pieces([(t, at) for t, at in plan.host if t.name in plan.pushed])
+        plan.pieces += _cut([(t, at) for t, at in plan.host if t.name in plan.pushed])
         return plan
 
     def _is_pushed(self, tensor: StoredTensor) -> bool:
@@ -361,7 +369,7 @@ class WeightStore:
     def _fill_arenas(self) -> Iterator[int]:
         for plan in self._stages:
             if plan.arena is not None:
-                memory = plan.arena.ensure(sum(round_up(t.stored_bytes, 64) for t, _ in plan.host))
+                memory = plan.arena.ensure(plan.arena_bytes)
                 for tensor, at in plan.host:
                     part = memory[at : at + tensor.stored_bytes]
                     yield self._files.read(tensor.extent.file, tensor.extent.offset, part)
@@ -380,9 +388,12 @@ class WeightStore:
 def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, int]], int]:
     """Groups extents into long reads, and says where in a buffer each tensor lands, and how large that must be."""
     runs: list[_Run] = []
-    ordered = sorted(tensors, key=lambda t: (str(t.extent.file), t.extent.offset))
-    places = [(t, _add_run(runs, t.extent.file, t.extent.offset, t.stored_bytes)) for t in ordered]
+    places = [(t, _add_run(runs, t.extent.file, t.extent.offset, t.stored_bytes)) for t in _in_file_order(tensors)]
     return runs, places, round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
+
+
+def _in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    return sorted(tensors, key=lambda tensor: (str(tensor.extent.file), tensor.extent.offset))
 
 
 def _parts(run: _Run) -> Iterator[_Run]:
@@ -394,11 +405,15 @@ def _parts(run: _Run) -> Iterator[_Run]:
         done += size
 
 
-def _staged_pieces(tensors: Sequence[StoredTensor]) -> list[_Piece]:
-    """Cuts extents into pieces that each fit a staging buffer, between elements; short extents share one."""
+def _cut(tensors: Sequence[tuple[StoredTensor, int | None]]) -> list[_Piece]:
+    """Cuts tensors into pieces of about `_PIECE_BYTES`, between elements; short tensors share one.
+
+    Args:
+        tensors: each with where it is in the host arena, or None if it is read from its file through staging.
+    """
     pieces: list[_Piece] = []
     filled = _PIECE_BYTES
-    for tensor in sorted(tensors, key=lambda t: (str(t.extent.file), t.extent.offset)):
+    for tensor, held_at in tensors:
         size, total = tensor.stored_dtype.itemsize, tensor.stored_bytes // tensor.stored_dtype.itemsize
         first = 0
         while first < total:
@@ -407,28 +422,14 @@ def _staged_pieces(tensors: Sequence[StoredTensor]) -> list[_Piece]:
                 pieces.append(_Piece())
                 filled, room = 0, _PIECE_BYTES // size
             piece, count = pieces[-1], min(room, total - first)
-            at = _add_run(piece.runs, tensor.extent.file, tensor.extent.offset + first * size, count * size)
+            if held_at is None:
+                at = _add_run(piece.runs, tensor.extent.file, tensor.extent.offset + first * size, count * size)
+                filled = piece.runs[-1].at + piece.runs[-1].nbytes
+            else:
+                at = held_at + first * size
+                filled += count * size
             piece.segments.append(_Segment(tensor, first, count, at))
             first += count
-            filled = piece.runs[-1].at + piece.runs[-1].nbytes
-    return pieces
-
-
-def _host_pieces(tensors: Sequence[tuple[StoredTensor, int]]) -> list[_Piece]:
-    """Cuts tensors of a host arena into pieces; short ones share one."""
-    pieces: list[_Piece] = []
-    filled = _PIECE_BYTES
-    for tensor, at in tensors:
-        size, total = tensor.stored_dtype.itemsize, tensor.stored_bytes // tensor.stored_dtype.itemsize
-        first = 0
-        while first < total:
-            if filled + size > _PIECE_BYTES:
-                pieces.append(_Piece())
-                filled = 0
-            count = min((_PIECE_BYTES - filled) // size, total - first)
-            pieces[-1].segments.append(_Segment(tensor, first, count, at + first * size))
-            first += count
-            filled += count * size
     return pieces
 
 

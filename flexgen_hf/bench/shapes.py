@@ -11,11 +11,11 @@ that: its cache is far too large beside its weights. These are Llamas with as ma
 | | weights | layers | cache of a sequence / weights | table of the vocabulary / weights |
 | --- | --- | --- | --- | --- |
 | OPT-30B | 60.0 GB | 48 | 0.0125 | 0.0120 |
-| opt-30b-like | 0.306 GB | 48 | 0.0109 | 0.0118 |
+| opt-30b-like | 1.223 GB | 48 | 0.0109 | 0.0120 |
 | OPT-175B | 349 GB | 96 | 0.0073 | 0.0035 |
 | opt-175b-like | 0.606 GB | 96 | 0.0083 | 0.0035 |
 
-What does not scale: hidden states, and all else that a layer computes, are 14 and 24 times as large beside the
+What does not scale: hidden states, and all else that a layer computes, are 7 and 24 times as large beside the
 weights as in the original.
 """
 
@@ -76,7 +76,7 @@ class Shape:
         return LlamaConfig(**{**fields, "pad_token_id": 1, "tie_word_embeddings": True, **self.special})
 
 
-def _like(layers: int, heads: int, head_dim: int, intermediate_size: int, vocab_size: int) -> Shape:
+def _like(layers: int, hidden: int, heads: int, head_dim: int, intermediate_size: int, vocab_size: int) -> Shape:
     # the intermediate size gives a layer 12 hidden^2 parameters, as OPT's has
     special = {
         "head_dim": head_dim,
@@ -84,7 +84,7 @@ def _like(layers: int, heads: int, head_dim: int, intermediate_size: int, vocab_
         "intermediate_size": intermediate_size,
         "vocab_size": vocab_size,
     }
-    return Shape(layers, 512, heads, special, is_opt=False)
+    return Shape(layers, hidden, heads, special, is_opt=False)
 
 
 #: by name; `"opt-1.3b:6"` is the shape `opt-1.3b` with 6 layers
@@ -99,8 +99,8 @@ SHAPES: Mapping[str, Shape] = {
     "opt-30b": Shape(48, 7168, 56),
     "opt-66b": Shape(64, 9216, 72),
     "opt-175b": Shape(96, 12288, 96),
-    "opt-30b-like": _like(48, heads=16, head_dim=32, intermediate_size=1688, vocab_size=3536),
-    "opt-175b-like": _like(96, heads=16, head_dim=24, intermediate_size=1776, vocab_size=2072),
+    "opt-30b-like": _like(48, hidden=1024, heads=8, head_dim=128, intermediate_size=3328, vocab_size=7168),
+    "opt-175b-like": _like(96, hidden=512, heads=16, head_dim=24, intermediate_size=1776, vocab_size=2072),
 }
 
 # goes into the names of cached checkpoints: raise it when the same configuration gives other bytes

@@ -56,6 +56,15 @@ class Structure:
         """Index of the head."""
         return len(self.layers) + 1
 
+    @property
+    def forgets_embeddings(self) -> bool:
+        """Whether the model's code looks at what its embeddings returned no more once the first layer has run.
+
+        Known of the tested families only: what is forgotten reads as NaN, so their tests would show it.
+        """
+        config: Any = self.model.config
+        return is_tested(config.model_type)
+
     @cached_property
     def _head_names(self) -> tuple[str, ...]:
         # A module outside the layers belongs to the head if it is the output embedding, or was registered after the

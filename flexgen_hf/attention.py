@@ -14,7 +14,7 @@ import torch
 
 from .errors import UnsupportedModelError
 
-__all__ = ["NAME", "check_supported", "register"]
+__all__ = ["NAME", "check_supported", "register", "why_not_supported"]
 
 #: the name under which transformers knows the attention and mask functions
 NAME = "flexgen"
@@ -24,26 +24,56 @@ def register() -> None:
     """Makes `attn_implementation="flexgen"` known. Calling it again changes nothing."""
     # In here: the import of transformers' models ends in our registration, which needs this module to be complete.
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def check_supported(model: Any) -> None:
     """Raises `UnsupportedModelError` if a model's attention cannot be sent to where the cache is."""
-    config = model.config.get_text_config(decoder=True)
-    reason = None
-    if not getattr(model, "_supports_attention_backend", False):
-        reason = "its attention is outside of transformers' interface"
-    elif not getattr(model, "_supports_sdpa", False):
-        reason = "its attention needs more than scaled dot products (a soft cap, or sinks)"
-    elif getattr(config, "kv_lora_rank", None):
-        reason = "it expands keys and values on the device after they leave the cache"
-    if reason is not None:
+    if (reason := why_not_supported(model)) is not None:
         raise UnsupportedModelError(
             f"host_attention: {type(model).__name__} cannot attend on the host, {reason}; leave host_attention out"
         )
+
+
+def why_not_supported(model: Any) -> str | None:
+    """Why a model cannot use the attention of this file, or None if it can."""
+    config = model.config.get_text_config(decoder=True)
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention is outside of transformers' interface"
+    if not getattr(model, "_supports_sdpa", False):
+        return "its attention needs more than scaled dot products (a soft cap, or sinks)"
+    if getattr(config, "kv_lora_rank", None):
+        return "it expands keys and values on the device after they leave the cache"
+    return None
+
+
+class _LateMask:
+    """A mask that is made where and when a layer attends.
+
+    Models make the mask of a prompt once, for all layers, and hold it until the last one: for each micro-batch a tensor
+    of prompt length squared, all of them on the device at once.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+
+    def make(self) -> torch.Tensor | None:
+        """(batch, 1, new tokens, tokens), or None where causal attention needs no mask."""
+        return _plain_mask(**self._options)
+
+
+def _mask(**options: Any) -> torch.Tensor | _LateMask | None:
+    """What transformers asks for once for all layers; a single token's mask is small, and made at once."""
+    return _LateMask(options) if int(options["q_length"]) > 1 else _plain_mask(**options)
+
+
+def _plain_mask(**options: Any) -> torch.Tensor | None:
+    from transformers.masking_utils import sdpa_mask
+
+    made: torch.Tensor | None = sdpa_mask(**options)
+    return made
 
 
 def _attend(
@@ -51,7 +81,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | _LateMask | None,
     **options: Any,
 ) -> tuple[torch.Tensor, Any]:
     """Scaled dot-product attention, as transformers computes it, on the device of `key`.
@@ -61,7 +91,7 @@ def _attend(
         query: (batch, heads, new tokens, head_dim), on the device of compute.
         key: (batch, kv heads, tokens, head_dim), on that device or on the host.
         value: as `key`.
-        attention_mask: (batch, 1, new tokens, tokens) or None.
+        attention_mask: (batch, 1, new tokens, tokens), what makes it, or None.
         options: scaling, dropout and what else transformers passes.
 
     Returns:
@@ -70,6 +100,8 @@ def _attend(
     from transformers import AttentionInterface
 
     plain: Any = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
+    if isinstance(attention_mask, _LateMask):
+        attention_mask = attention_mask.make()
     if key.device == query.device:
         output, weights = plain(module, query, key, value, attention_mask, **options)
         return output, weights

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 import sys
 import threading
 import time
@@ -49,6 +50,7 @@ class _Row(greenlet.greenlet):
         super().__init__(run)
         self.batch = batch
         self.at = 0  # the stage it is suspended before; 0 before it started
+        self.embedded: list[torch.Tensor] = []  # what embeddings returned, held by the model's own frame
         self.head_input: torch.Tensor | None = None
         self.head_output: torch.Tensor | None = None
         self.result: Any = None
@@ -102,6 +104,7 @@ class Executor:
         self._cache: BlockCache | None = None  # held as long as lanes may write to it
         self._uses: dict[str, LaneUse] = {}
         self._embedding_dtype: torch.dtype | None = None
+        self._forgets = False  # what embeddings return is dropped after the first layer
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
         self._parameters = ParameterTable(model)
         self._tiles = TileCast()
@@ -245,6 +248,8 @@ class Executor:
                 cache.settle = self.settle
                 cache.prepare_sweep()
             hidden = self._hidden_states(len(bodies), keep_hidden)
+            # A prompt's embeddings of all micro-batches would stay on the device until the last layer.
+            self._forgets = self.structure.forgets_embeddings and len(bodies) > 1 and tokens > 1 and not keep_hidden
             coroutines = [_Row(body, batch) for batch, body in enumerate(bodies)]
             try:
                 # Nothing is loaded ahead for a sweep that will not come: the cache is as long as it was meant to get.
@@ -418,6 +423,10 @@ class Executor:
             self._embedding_dtype = self._parameters.dtype_of(embedding)
             embedding.__dict__["flexgen_forward"] = embedding.forward
             embedding.__dict__["forward"] = functools.partial(self._enter_embedding, embedding)
+        for _, module in self.structure.outer_modules():
+            if isinstance(module, nn.Embedding) and module is not embedding:  # of positions
+                module.__dict__["flexgen_forward"] = module.forward
+                module.__dict__["forward"] = functools.partial(self._enter_positions, module)
         if head is not None and head is not embedding:
             head.__dict__["flexgen_forward"] = head.forward
             head.__dict__["forward"] = functools.partial(self._enter_head, head)
@@ -429,9 +438,19 @@ class Executor:
         assert hidden is not None
         args, kwargs = hidden.restore(coroutine.batch, args, kwargs)
         output = layer.flexgen_forward(*args, **kwargs)
+        if stage == 1:
+            self._forget_embeddings(coroutine, output)
         if stage == self.structure.head_stage - 1:
             return output
         return hidden.park(coroutine.batch, output)
+
+    def _forget_embeddings(self, coroutine: _Row, output: Any) -> None:
+        """Frees what embeddings returned, which the model's frame goes on naming; whoever reads it reads NaN."""
+        embedded, coroutine.embedded = coroutine.embedded, []
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        for tensor in embedded if self._forgets else ():
+            if tensor.data_ptr() != hidden.data_ptr():
+                tensor.set_(tensor.new_full((), math.nan).expand(tensor.shape))  # type: ignore[call-overload]
 
     def _multiply(self, name: str, linear: Any, x: torch.Tensor) -> torch.Tensor:
         """The forward of a layer's matrix that is kept in its stored dtype."""
@@ -449,8 +468,11 @@ class Executor:
         return head.flexgen_forward(*args, **kwargs)
 
     def _enter_embedding(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(greenlet.getcurrent(), _Row):
-            return self._embed(embedding, *args, **kwargs)
+        current = greenlet.getcurrent()
+        if isinstance(current, _Row):
+            embedded = self._embed(embedding, *args, **kwargs)
+            current.embedded.append(embedded)
+            return embedded
         # Callers may embed tokens themselves, to pass inputs_embeds.
         with self.session():
             self.settle()
@@ -463,6 +485,13 @@ class Executor:
                 return self._embed(embedding, *args, **kwargs)
             finally:
                 self._uninstall(0)
+
+    def _enter_positions(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
+        embedded = embedding.flexgen_forward(*args, **kwargs)
+        current = greenlet.getcurrent()
+        if isinstance(current, _Row):
+            current.embedded.append(embedded)
+        return embedded
 
     def _embed(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
         output = embedding.flexgen_forward(*args, **kwargs)

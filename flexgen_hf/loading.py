@@ -292,8 +292,10 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     demand = _demand(model, structure, tensors, space, Compression.of(compression), place)
     policy = given or _default_policy(demand, options, [*ledger.limits(), *_free_memory(ledger, device)], model.config)
     policy = policy.replace(compression=Compression.of(compression))
-    if policy.host_attention and device.type != "cpu":  # on a CPU, cells on the host are attended to there anyway
+    if policy.host_attention and not space.is_direct:  # on a CPU, cells on the host are attended to there anyway
         attention.check_supported(model)
+        model.set_attn_implementation(attention.NAME)
+    elif policy.num_batches > 1 and demand.shape.makes_masks_late:
         model.set_attn_implementation(attention.NAME)
     store = place(policy.weights)
     ledger.check(store.needs, lambda: _what_fits(demand, policy, ledger.limits()))
@@ -343,8 +345,12 @@ def _demand(
         stage, part = structure.locate(tensor.name)
         if 0 < stage < structure.head_stage and part == "mlp" and len(tensor.extent.shape) == 2:
             inner[stage] += math.prod(tensor.extent.shape) // hidden
+    shape = shape_of(
+        model.config, max(inner.values(), default=0), dtype.itemsize, min(kept, dtype.itemsize), casts_head
+    )
+    is_plain = model.config._attn_implementation == "sdpa" and attention.why_not_supported(model) is None
     return Demand(
-        shape_of(model.config, max(inner.values(), default=0), dtype.itemsize, min(kept, dtype.itemsize), casts_head),
+        dataclasses.replace(shape, makes_masks_late=is_plain, forgets_embeddings=structure.forgets_embeddings),
         functools.lru_cache(maxsize=64)(lambda placement: place(placement).needs),
         direct=space.is_direct,
         pinned=space.is_asynchronous,

@@ -161,6 +161,9 @@ class Policy:
         overlap: move data while the device computes. Off means one step after the other.
         compression: group quantization of weights and cache.
         host_attention: attend to cells that live on the host on the host, instead of moving them.
+        layer_slots: decoder layers that have room where compute needs them, beside those that live there. With 1 a
+            small device has more left for the rest; the next layer then crosses the link between two layers'
+            compute, which costs little where the disk is the limit.
 
     Raises:
         PolicyError: a field that is unknown or cannot be meant.
@@ -177,6 +180,7 @@ class Policy:
     overlap: bool = True
     compression: Compression = Compression()
     host_attention: bool = False
+    layer_slots: int = 2
 
     def __post_init__(self) -> None:
         for field in ("weights", "cache", "hidden"):
@@ -186,7 +190,7 @@ class Policy:
             elif not isinstance(value, Placement):
                 raise PolicyError(f"policy: {field}={value!r} is not a Placement; use Placement(device=, host=, disk=)")
         object.__setattr__(self, "compression", Compression.of(self.compression))
-        for field in ("batch_size", "num_batches"):
+        for field in ("batch_size", "num_batches", "layer_slots"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PolicyError(f"policy: {field}={value!r} must be a whole number of at least 1")
@@ -274,6 +278,7 @@ class Policy:
             "overlap": self.overlap,
             "compression": self.compression.to_dict(),
             "host_attention": self.host_attention,
+            "layer_slots": self.layer_slots,
         }
 
     def to_json(self) -> str:
@@ -287,7 +292,11 @@ class Policy:
         )
         extras = "".join(
             f", {text}"
-            for text, on in (("no overlap", not self.overlap), ("host attention", self.host_attention))
+            for text, on in (
+                ("no overlap", not self.overlap),
+                ("host attention", self.host_attention),
+                (f"{self.layer_slots} layer slot{'s' * (self.layer_slots > 1)}", self.layer_slots != 2),
+            )
             if on
         )
         return f"{shares} (% on device/host/disk), block {self.batch_size} x {self.num_batches}{extras}"

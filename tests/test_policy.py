@@ -153,6 +153,7 @@ class TestPolicy:
             "overlap": True,
             "compression": {"weights": None, "cache": None, "group_size": 64},
             "host_attention": False,
+            "layer_slots": 2,
         }
 
     @given(placements(), placements(), placements())

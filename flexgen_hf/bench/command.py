@@ -56,6 +56,9 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     overlap: Annotated[
         bool | None, typer.Option("--overlap/--no-overlap", help="flexgen's: move data while computing.")
     ] = None,
+    layer_slots: Annotated[
+        int | None, typer.Option(min=1, help="flexgen's: streamed layers that have room on the device.")
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="flexgen's: `cpu=2300MB,0=0.29w,disk=20GB`; 0 is the device.")
     ] = None,
@@ -119,7 +122,12 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
 
     names = _words(systems, "--systems", SYSTEMS)
     shares = _policy(
-        policy, batch_size=batch_size, num_batches=num_batches, overlap=overlap, host_attention=host_attention
+        policy,
+        batch_size=batch_size,
+        num_batches=num_batches,
+        overlap=overlap,
+        host_attention=host_attention,
+        layer_slots=layer_slots,
     )
     block = (shares or Policy()).block_size
     peers = Peers(

@@ -213,6 +213,8 @@ def _run(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if target == EMULATED:
         kwargs["device"] = "cpu"
     out = func(*tree_map(_values, args), **tree_map(_values, kwargs))
+    if name == "aten::set_":
+        args[0].allocation = _allocation_of(args[0].held)
     if args and isinstance(args[0], DeviceTensor) and out is args[0].held:
         return args[0]  # an in-place operation returns its own tensor
     if target in ("cpu", "meta"):

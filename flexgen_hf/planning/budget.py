@@ -87,6 +87,8 @@ class ModelShape:
         itemsize: bytes of an element in compute.
         kept_itemsize: bytes of an element of a cell at home.
         casts_head: the head's table is kept in another dtype than that of compute, and cast tile by tile.
+        makes_masks_late: with several micro-batches, masks are made where a layer attends.
+        forgets_embeddings: with several micro-batches, embeddings are dropped after the first layer.
     """
 
     num_layers: int
@@ -99,6 +101,8 @@ class ModelShape:
     itemsize: int
     kept_itemsize: int
     casts_head: bool = False
+    makes_masks_late: bool = False
+    forgets_embeddings: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +181,13 @@ class Demand:
         and as keys:
 
         *working set*: what the block holds while its prompt goes through the layers, and on top one layer at work.
-        The block: R T h s (2 + d), the embeddings that the model's own code keeps in its frame (of tokens and of
-        positions) and the share d of hidden states that is not parked elsewhere; R T T masks of one byte (R T T s
-        where attention is eager); 48 bytes of ids and positions for each token that a row can get. A layer, whichever
-        is larger: attention, r T s (2h + 5q + 2k) and the mask in the dtype of compute, r T T s, or where attention is
-        eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that computes in
-        float32, r T h (2s + 12).
+        The block: 2 R T h s, the embeddings that the model's own code keeps in its frame (of tokens and of positions;
+        2 r T h s where they are dropped after the first layer); R T h s d, the share d of hidden states that is not
+        parked elsewhere; 2 R T s head_dim of rotary tables; R T T masks of one byte (r T T where they are made late,
+        R T T s where attention is eager); 48 bytes of ids and positions for each token that a row can get. A layer,
+        whichever is larger: attention, r T s (2h + 5q + 2k) and the mask in the dtype of compute, r T T s, or where
+        attention is eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that
+        computes in float32, r T h (2s + 12).
 
         *logits*: 2s + 4 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
         in float32), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; and the
@@ -276,8 +281,12 @@ class Demand:
         near = policy.hidden.device + (policy.hidden.host if self.direct else 0)
         parked = rings_of(policy).hidden * at_once / max(1, rows)  # on their way home or back
         states = shape.num_layers + 1 if call.keeps_hidden else min(1.0, near + (parked if near < 1 else 0))
-        held = rows * tokens * shape.hidden_size * size * (2 + states)
-        held += rows * tokens * (call.past + tokens) * (size if call.eager else 1) + 48 * rows * call.capacity
+        several = len(batches) > 1
+        embedded = at_once if several and shape.forgets_embeddings and not call.keeps_hidden else rows
+        masked = at_once if several and shape.makes_masks_late and policy.num_batches > 1 and not call.eager else rows
+        held = tokens * shape.hidden_size * size * (2 * embedded + rows * states)
+        held += 2 * rows * tokens * size * shape.query_size // shape.num_heads
+        held += masked * tokens * (call.past + tokens) * (size if call.eager else 1) + 48 * rows * call.capacity
         scores = shape.num_heads * (2 * size if size >= 4 else size + 8) if call.eager else size
         attention = tokens * (2 * shape.hidden_size + 5 * shape.query_size + 2 * key) * size
         attention += tokens * (call.past + tokens) * scores
@@ -299,7 +308,7 @@ def _pages(nbytes: int) -> int:
 
 def rings_of(policy: Policy) -> Rings:
     """How many reused buffers a policy takes."""
-    return Rings() if policy.overlap else Rings(layers=1, cache=1, hidden=1)
+    return Rings(layers=policy.layer_slots) if policy.overlap else Rings(layers=1, cache=1, hidden=1)
 
 
 def totals(needs: Sequence[Need]) -> dict[Tier, int]:

@@ -233,6 +233,7 @@ class _Sweep:
         self.visits = [(stage, batch) for stage in range(1, traffic.head) for batch in range(traffic.num_batches)]
         self.ready: dict[tuple[What, int, int], tuple[int, list[StepId]]] = {}  # visit -> slot, what compute waits for
         self.begun = {What.CACHE: 0, What.HIDDEN: 0}
+        self.held_back: list[Step] = []  # loads of the next layer that have to follow all transfers of this one
         self.stored: list[StepId] = []  # the steps that bring hidden states home, in order
 
     def steps(self) -> Iterator[Step]:
@@ -243,9 +244,8 @@ class _Sweep:
         for stage in range(1 + min(max(1, ahead), last)):
             yield from self.load_weights(stage)
         for number, (stage, batch) in enumerate(self.visits):
-            if not ahead and batch == 0:
-                yield from self.load_weights(stage)
             if batch == 0:
+                yield from self.held_back
                 upcoming = list(self.loads_ahead(stage, ahead))
             # How far ahead: a slot fewer than there are, because the one in use is not free; and what is not yet
             # written cannot be read, so hidden states not farther than the layer before has come.
@@ -262,10 +262,26 @@ class _Sweep:
     def loads_ahead(self, stage: int, ahead: int) -> Iterator[Step]:
         """The weights that are loaded while `stage` computes."""
         last = self.traffic.head - 1
+        self.held_back = []
         if ahead and stage + ahead <= last:
             yield from self.load_weights(stage + ahead)
+        if not ahead and stage < last:
+            yield from self.reads_ahead(stage + 1)
         if stage == last > 1:
             yield from self.load_weights(self.traffic.head)
+
+    def reads_ahead(self, stage: int) -> Iterator[Step]:
+        """What of a layer can be read while the one before still has the only slot: what passes through staging.
+
+        The rest is held back. In line before a transfer of this layer it would wait for the slot, and the transfer,
+        for which the slot's user waits, for it; so would a read that waits for a staging buffer of the rest.
+        """
+        steps = list(self.load_weights(stage))
+        pushed = {step.id.piece for step in steps if step.id.lane is Lane.HOST_TO_DEVICE}
+        reads = [step for step in steps if step.id.lane is Lane.DISK_TO_HOST and step.id.piece in pushed]
+        early = reads[: self.schedule.rings.pieces]
+        self.held_back = [step for step in steps if step not in early]
+        yield from early
 
     def visit(self, stage: int, batch: int) -> Iterator[Step]:
         """One micro-batch in one decoder layer: compute, and its cell and hidden states on their way home."""

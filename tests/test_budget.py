@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from flexgen_hf import CapacityError, FlexGenForCausalLM, Placement, Policy, Tier, loading
+from flexgen_hf.accounting import Account
 from flexgen_hf.bench import emulated
 from flexgen_hf.bench.shapes import write_random_checkpoint
-from flexgen_hf.modeling import _joined
+from flexgen_hf.microbatches import joined
 from flexgen_hf.planning.budget import ESTIMATED, Call, Demand, Limit, ModelShape, Need, alternatives, difference, fits
 from tests.control_groups import PEAK_MEMORY, memory_limit, run_in
 from tests.tiny import DISK, batch, greedy, load, pretend_accelerator, reference, write_tiny_opt
@@ -54,15 +55,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """What each call of `generate` was described as."""
+    """What each call was described as."""
     seen: list[Call] = []
-    describe = FlexGenForCausalLM._described
+    enter = Account._enter
 
-    def described(*args: Any) -> Call:
-        seen.append(describe(*args))
-        return seen[-1]
+    def noted(account: Account, call: Call, *args: Any) -> None:
+        seen.append(call)
+        enter(account, call, *args)
 
-    monkeypatch.setattr(FlexGenForCausalLM, "_described", described)
+    monkeypatch.setattr(Account, "_enter", noted)
     return seen
 
 
@@ -107,7 +108,7 @@ def test_what_is_predicted_is_what_is_taken(  # noqa: PLR0917  fixtures and what
         calls.clear()
         with load(folder, offload, policy) as model:
             greedy(model, batch(rows, tokens), new)
-            assert model._demand.peak(policy, calls[0]) == model.last_run.peak_bytes
+            assert model._account.demand.peak(policy, calls[0]) == model.last_run.peak_bytes
 
 
 def test_the_beams_of_a_prompt_need_no_more_than_is_predicted(
@@ -118,7 +119,7 @@ def test_the_beams_of_a_prompt_need_no_more_than_is_predicted(
         calls.clear()
         with load(checkpoint, offload, policy) as model:
             model.generate(**batch(4), num_beams=3, do_sample=False, max_new_tokens=5, min_new_tokens=5)
-            predicted, taken = model._demand.peak(policy, calls[0]), model.last_run.peak_bytes
+            predicted, taken = model._account.demand.peak(policy, calls[0]), model.last_run.peak_bytes
         assert all(taken[tier] <= predicted[tier] for tier in Tier)
         assert sum(predicted.values()) <= 1.2 * sum(taken.values())
 
@@ -143,7 +144,7 @@ def test_estimates_are_upper_bounds_and_not_wild(
     ) as model:
         device.peak_bytes = device.used_bytes
         greedy(model, batch(8, tokens), 2)
-        needs = model._demand.needs(policy, calls[0])
+        needs = model._account.demand.needs(policy, calls[0])
         estimated = sum(need.nbytes for need in needs if need.what in ESTIMATED)
         taken = device.peak_bytes - (model.last_run.peak_bytes[Tier.DEVICE] - estimated)
     assert taken <= estimated <= 2.5 * taken
@@ -174,10 +175,10 @@ def _no_logits(joined: torch.Tensor) -> torch.Tensor:
     return joined
 
 
-def test_parts_that_are_not_one_tensor_are_joined() -> None:
+def test_parts_that_are_not_one_tensor_arejoined() -> None:
     whole = torch.arange(24.0).reshape(6, 4)
     first, second, third = whole.split([2, 3, 1])
-    assert _joined([first, second, third]).data_ptr() == whole.data_ptr()
+    assert joined([first, second, third]).data_ptr() == whole.data_ptr()
     for parts in (
         [second, first],
         [first, third],
@@ -186,8 +187,8 @@ def test_parts_that_are_not_one_tensor_are_joined() -> None:
         [first, second[:, :0]],
     ):
         if parts[-1].shape[1] == 4:
-            assert torch.equal(_joined(parts), torch.cat(parts))
-            assert _joined(parts).data_ptr() != whole.data_ptr()
+            assert torch.equal(joined(parts), torch.cat(parts))
+            assert joined(parts).data_ptr() != whole.data_ptr()
 
 
 # ------------------------------------------------------------------------------------------------------------ a way out

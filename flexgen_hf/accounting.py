@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from .planning.budget import ESTIMATED, Call, Demand, ModelShape, Need, alternatives, difference, fits, totals
+from .kv_cache import BlockCache, Span
+from .microbatches import wants
+from .planning.budget import (
+    ESTIMATED,
+    Call,
+    Demand,
+    ModelShape,
+    Need,
+    alternatives,
+    difference,
+    fits,
+    largest,
+    totals,
+)
 from .policy import Policy, Tier
 from .storage.ledger import Ledger
 
@@ -39,6 +53,10 @@ class Account:
         self._config, self._policy, self._ledger = config, policy, ledger
         self._all_logits = "logits_to_keep" not in arguments
         self._entries: _Entries | None = None  # of the call that is running
+
+    @property
+    def _is_eager(self) -> bool:
+        return getattr(self._config, "_attn_implementation", None) == "eager"
 
     @contextlib.contextmanager
     def generation(self, *, may_be_cut: bool, tokens: int | None) -> Iterator[None]:
@@ -70,25 +88,105 @@ class Account:
             CapacityError: with the numbers, and with policies near to this one under which the call fits.
         """
         if self._entries is not None:
-            self._enter(self._generated(settings, model_kwargs, prompts, length, self._entries), self._entries)
+            self._enter(self._generated(settings, model_kwargs, prompts, length, self._entries))
 
-    def _enter(self, call: Call, entries: _Entries) -> None:
-        if entries.covers(call):  # a later block of the same call
+    @contextlib.contextmanager
+    def forward(self, given: Mapping[str, Any], spans: Sequence[Span], tokens: int) -> Iterator[bool]:
+        """A call of the model itself: refused if it does not fit, in the account until it ends.
+
+        Inside of `generate`, whose entries cover it, nothing is done.
+
+        Args:
+            given: its arguments by name.
+            spans: rows of each micro-batch.
+            tokens: new ones of each row.
+
+        Yields:
+            Whether it is a call of its own.
+
+        Raises:
+            CapacityError: with the numbers, and with calls and policies near to this one that fit.
+        """
+        if self._entries is not None:
+            yield False
+            return
+        cache, call = given.get("past_key_values"), self._forwarded(given, spans, tokens)
+        with self.generation(may_be_cut=False, tokens=tokens):
+            has_choice = not self._all_logits and given.get("logits_to_keep") is None and not call.has_loss
+            self._enter(call, lambda fit: _smaller(call, fit, has_choice), lambda other: self._grown(cache, other))
+            yield True
+
+    def _enter(
+        self,
+        call: Call,
+        smaller: Callable[[Callable[[Call], bool]], list[str]] = lambda _: [],
+        beside: Callable[[Call], Sequence[Need]] = lambda _: (),
+    ) -> None:
+        """Enters what is estimated of a call, or refuses it.
+
+        Args:
+            call: in numbers.
+            smaller: of those near to it, the ones that fit, in words.
+            beside: what a call takes that follows from more than numbers.
+        """
+        assert self._entries is not None
+        if self._entries.covers(call):  # a later block of the same call
             return
         demand = self.demand
         if self._ledger.held_as(Tier.HOST, "pinned buffers"):
             demand = dataclasses.replace(demand, pinned=False)
-        needs = demand.needs(self._policy, call)
 
         def remedy() -> str:
             limits = self._ledger.limits(but=totals(demand.weights(self._policy.weights)))
-            near = alternatives(self._policy, lambda other: fits(demand.peak(other, call.in_block(other)), limits))
-            if not near:
-                return "; nothing near to this policy fits: ask for fewer rows or tokens"
-            return "; fits with " + ", or with ".join(difference(self._policy, other) for other in near[:2])
 
+            def fit(policy: Policy, other: Call) -> bool:
+                needs = [*demand.weights(policy.weights), *demand.needs(policy, other), *beside(other)]
+                return fits(totals(needs), limits)
+
+            ways = smaller(lambda other: fit(self._policy, other))
+            near = alternatives(self._policy, lambda other: fit(other, call.in_block(other)))
+            ways += [difference(self._policy, other) for other in near[: 1 if ways else 2]]
+            if not ways:
+                return "; nothing near to this policy fits: ask for fewer rows or tokens"
+            return "; fits with " + ", or with ".join(ways)
+
+        needs = [*demand.needs(self._policy, call), *beside(call)]
         self._ledger.check(needs, remedy)
-        entries.enter(call, [need for need in needs if need.what in ESTIMATED])
+        self._entries.enter(call, [need for need in needs if need.what in ESTIMATED])
+
+    def _grown(self, cache: Any, call: Call) -> list[Need]:
+        """What a cache that is given takes more, with the copies that are made while it grows."""
+        if isinstance(cache, BlockCache):
+            if not (needs := cache.growth(call.past + call.tokens)):
+                return []
+            cell = max(cache.cells(), key=lambda cell: cell.nbytes)
+            tier = Tier.DEVICE if cell.home is Tier.DEVICE else Tier.HOST
+            return [*needs, Need(tier, cell.nbytes, "working set")]
+        if isinstance(cache, Cache):
+            shape = self.demand.shape
+            token = 2 * call.rows * (shape.key_size or 0) * shape.itemsize  # of a layer
+            return [Need(Tier.DEVICE, token * (shape.num_layers * call.tokens + call.past), "working set")]
+        return []
+
+    def _forwarded(self, given: Mapping[str, Any], spans: Sequence[Span], tokens: int) -> Call:
+        """A call of the model itself in numbers."""
+        cache, keep = given.get("past_key_values"), given.get("logits_to_keep")
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        kept = keep.numel() if isinstance(keep, torch.Tensor) and keep.ndim else min(int(keep or 0), tokens)
+        return Call(
+            rows=spans[-1][1],
+            tokens=tokens,
+            capacity=max(1, past + tokens),
+            past=past,
+            may_be_cut=False,
+            makes_cache=cache is None and wants(given, self._config, "use_cache"),
+            logit_tokens=tokens if self._all_logits else kept or tokens,
+            eager=self._is_eager,
+            keeps_hidden=wants(given, self._config, "output_hidden_states"),
+            keeps_attention=wants(given, self._config, "output_attentions"),
+            has_loss=given.get("labels") is not None,
+            micro_batches=() if cache is None else tuple(end - start for start, end in spans),
+        )
 
     def _generated(
         self,
@@ -119,7 +217,7 @@ class Account:
             logit_tokens=tokens if self._all_logits else 1,
             kept_logits=keeps * max(1, length + 1 - whole),
             samples=bool(settings.do_sample),
-            eager=getattr(self._config, "_attn_implementation", None) == "eager",
+            eager=self._is_eager,
             keeps_hidden=returned and bool(settings.output_hidden_states),
         )
 
@@ -160,6 +258,31 @@ class _Entries:
         while self._needs:
             self._ledger.give(*self._needs.pop())
         self._call = None
+
+
+def _smaller(call: Call, fit: Callable[[Call], bool], may_keep_fewer_logits: bool) -> list[str]:
+    """Calls of the model near to one that does not fit, which do, in words."""
+    ways = []
+    if may_keep_fewer_logits and fit(dataclasses.replace(call, logit_tokens=1)):
+        ways.append("logits_to_keep=1")
+    if call.makes_cache and fit(dataclasses.replace(call, makes_cache=False)):
+        ways.append("use_cache=False")
+    one = call  # of the rows of a given cache, none may be missing
+    if not call.micro_batches:
+        fewer = largest(1, call.rows - 1, lambda rows: dataclasses.replace(call, rows=rows), fit)
+        if fewer is not None:
+            return [*ways, f"{fewer.rows} of the {call.rows} rows at a time"]
+        one = dataclasses.replace(call, rows=1)
+
+    def shorter(tokens: int) -> Call:
+        logits = min(tokens, call.logit_tokens)
+        return dataclasses.replace(one, tokens=tokens, capacity=call.past + tokens, logit_tokens=logits)
+
+    fewer = None if ways else largest(1, call.tokens - 1, shorter, fit)
+    if fewer is not None:
+        of = f"of the {call.tokens} tokens" if call.micro_batches else "tokens of one row"
+        ways.append(f"{fewer.tokens} {of} at a time")
+    return ways
 
 
 def cache_geometry(config: Any) -> tuple[int, int] | None:

@@ -6,7 +6,8 @@ Pure functions over arguments and outputs; runs nothing and keeps nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from .errors import UnsupportedModelError
 from .kv_cache import BlockCache, Span
 
-__all__ = ["by_name", "flat", "joined", "may_be_cut", "merged", "part_of", "prompt_tokens", "row_inputs"]
+__all__ = ["by_name", "flat", "joined", "may_be_cut", "merged", "part_of", "prompt_tokens", "row_inputs", "wants"]
 
 # Arguments of generate that may look at the batch as a whole, or at row numbers.
 _SEES_WHOLE_BATCH = frozenset(
@@ -88,19 +90,60 @@ def part_of(name: str, value: Any, batch: int, span: Span, rows: int) -> Any:
     return value[span[0] : span[1]] if value.shape[0] == rows else value
 
 
+def wants(given: Mapping[str, Any], config: Any, name: str) -> bool:
+    """Whether a call of forward asks for something, or where it does not say so, the configuration."""
+    asked = given.get(name)
+    return bool(getattr(config, name, False) if asked is None else asked)
+
+
 # ---------------------------------------------------------------------------------------------------------- outputs
-def merged(outputs: list[Any], cache: Any) -> Any:
-    """Joins what the micro-batches returned, field by field, along the first axis."""
+def merged(outputs: Sequence[Any], cache: Any, *, strict: bool = True, apart: Collection[str] = ()) -> Any:
+    """Joins what the micro-batches returned, field by field, along the first axis.
+
+    Args:
+        outputs: of each micro-batch.
+        cache: what takes the place of theirs.
+        strict: refuse a number on which they differ; otherwise it is left out.
+        apart: fields that the caller will replace.
+
+    Raises:
+        UnsupportedModelError: a number that is one for all rows, such as the loss of a router, is different in each.
+    """
     first = outputs[0]
     if isinstance(first, Cache):
         return cache
     if isinstance(first, ModelOutput):
-        return type(first)(**{key: merged([o[key] for o in outputs], cache) for key in first})
-    if isinstance(first, torch.Tensor):
-        return joined(outputs) if first.ndim else torch.stack(outputs).mean()
+        fields = {key: [output[key] for output in outputs] for key in first}
+        return type(first)(
+            **{
+                key: parts[0] if key in apart else _agreed(key, parts, strict) if _is_number(parts[0])
+                else merged(parts, cache, strict=strict)
+                for key, parts in fields.items()
+            }
+        )  # fmt: skip
+    if isinstance(first, torch.Tensor) and first.ndim:
+        return joined(outputs)
     if isinstance(first, (tuple, list)):
-        return type(first)(merged(list(values), cache) for values in zip(*outputs, strict=True))
-    return first
+        return type(first)(merged(parts, cache, strict=strict) for parts in zip(*outputs, strict=True))
+    return _agreed("an output", outputs, strict) if _is_number(first) else first
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.ndim == 0)
+
+
+def _agreed(name: str, parts: Sequence[Any], strict: bool) -> Any:
+    """The number that all micro-batches returned. A mean of theirs would be another than that of all rows at once."""
+    first, *others = map(float, parts)
+    if all(other == first or (math.isnan(other) and math.isnan(first)) for other in others):
+        return parts[0]
+    if not strict:
+        return None
+    raise UnsupportedModelError(
+        f"{name} is one number for all rows, and not the same in each of {len(parts)} micro-batches, from which it "
+        "can't be put together; pass one micro-batch at a time, or leave out what asks for it (output_router_logits, "
+        "say)"
+    )
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

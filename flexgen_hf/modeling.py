@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .fixed_weights import FixedWeights
-from .kv_cache import BlockCache, spans_of
-from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs
+from .kv_cache import BlockCache, Span, spans_of
+from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .planning.budget import Demand
 from .planning.placement import assign
 from .policy import Compression, Policy
@@ -229,8 +229,6 @@ class FlexGenForCausalLM(FixedWeights):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         beams = generation_config.num_beams or 1
         cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams)
-        if (geometry := cache_geometry(self.config)) is not None:
-            cache.preallocate(*geometry, self.dtype)
         model_kwargs["past_key_values"] = cache
         return None
 
@@ -242,7 +240,10 @@ class FlexGenForCausalLM(FixedWeights):
         spans = spans_of(rows, size)
         windows = _windows(self.config)
         homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
-        return BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+        cache = BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+        if (geometry := cache_geometry(self.config)) is not None:
+            cache.preallocate(*geometry, self.dtype)
+        return cache
 
     def _optimize_model_for_decode(self) -> Any:
         # transformers would switch mixtures of experts to an implementation that copies an expert for every token.
@@ -296,48 +297,59 @@ class FlexGenForCausalLM(FixedWeights):
         if source is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
         rows, tokens = source.shape[:2]
-        cache = given.get("past_key_values")
-        if cache is None and _uses_cache(given, self.config):
-            cache = given["past_key_values"] = self._make_cache(rows, tokens)
-        blocks = cache if isinstance(cache, BlockCache) else None
-        size = self.policy.batch_size if cache is None else rows  # a cache of another kind is used as it is, whole
-        spans = blocks.spans if blocks is not None else spans_of(rows, size)
-        if spans[-1][1] != rows:
-            raise ValueError(f"past_key_values holds {spans[-1][1]} rows but the input has {rows}")
-        bodies = [
-            functools.partial(plain, self, **{n: part_of(n, v, k, span, rows) for n, v in given.items()})
-            for k, span in enumerate(spans)
-        ]
-        keep = bool(given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
-        with torch.no_grad():
+        spans = self._spans(given.get("past_key_values"), rows)
+        with torch.no_grad(), self._executor.session(), self._account.forward(given, spans, tokens) as is_alone:
+            cache = given.get("past_key_values")
+            if cache is None and wants(given, self.config, "use_cache"):
+                cache = given["past_key_values"] = self._make_cache(rows, tokens)
+            blocks = cache if isinstance(cache, BlockCache) else None
+            bodies = [
+                functools.partial(plain, self, **{n: part_of(n, v, k, span, rows) for n, v in given.items()})
+                for k, span in enumerate(spans)
+            ]
+            keep = wants(given, self.config, "output_hidden_states")
             outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
-            output = merged(outputs, cache)
-            if given.get("labels") is not None and len(outputs) > 1:
-                output["loss"] = self._loss(outputs, output, given)
+            if is_alone:
+                self._executor.settle()  # what is refused below would stop what is on its way to the cache
+            output = self._put_together(outputs, given, strict=is_alone)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
 
-    def _loss(self, parts: Sequence[Any], whole: Any, given: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
+    def _spans(self, cache: Any, rows: int) -> list[Span]:
+        """The rows of each micro-batch; a cache of another kind than ours is used as it is, whole."""
+        if not isinstance(cache, BlockCache):
+            return spans_of(rows, self.policy.batch_size if cache is None else rows)
+        if cache.spans[-1][1] != rows:
+            raise ValueError(f"past_key_values holds {cache.spans[-1][1]} rows but the input has {rows}")
+        return cache.spans
+
+    def _put_together(self, outputs: list[Any], given: Mapping[str, Any], *, strict: bool) -> Any:
+        """What the micro-batches returned as one.
+
+        The loss is that of all rows at once: a mean of the micro-batches' means would weigh tokens unequally.
 
         Raises:
-            UnsupportedModelError: the model has a loss of its own kind, as its micro-batches show.
+            UnsupportedModelError: the model has a loss of its own kind, as its micro-batches show, or returns another
+                number that is one for all rows.
         """
-        function: Any = self.loss_function  # type: ignore[attr-defined]
+        has_loss = given.get("labels") is not None and len(outputs) > 1
+        function: Any = self.loss_function if has_loss else None  # type: ignore[attr-defined]
         settings = {"vocab_size": self.config.get_text_config(decoder=True).vocab_size}
         if given.get("num_items_in_batch") is not None:
             settings["num_items_in_batch"] = given["num_items_in_batch"]
-        labels, row = given["labels"], 0
-        for part in parts:
-            rows = labels[row : row + part.logits.shape[0]]
+        row = 0
+        for part in outputs if has_loss else ():
+            labels = given["labels"][row : row + part.logits.shape[0]]
             row += part.logits.shape[0]
-            if not torch.allclose(function(part.logits, rows, **settings), part.loss, rtol=1e-3, equal_nan=True):
+            if not torch.allclose(function(part.logits, labels, **settings), part.loss, rtol=1e-3, equal_nan=True):
                 raise UnsupportedModelError(
                     f"{type(self).__name__} computes another loss than that of the next token, which can't be put "
                     "together from micro-batches; pass one micro-batch at a time, or compute it from the logits"
                 )
-        loss: torch.Tensor = function(whole.logits, labels, **settings)
-        return loss
+        output = merged(outputs, given.get("past_key_values"), strict=strict, apart=("loss",) if has_loss else ())
+        if has_loss:
+            output["loss"] = function(output.logits, given["labels"], **settings)
+        return output
 
 
 def attach(model: Any, executor: Executor, demand: Demand) -> None:
@@ -368,11 +380,6 @@ def _pad_token(settings: GenerationConfig) -> int:
     if isinstance(pad, torch.Tensor):
         pad = pad.flatten().tolist()
     return int((pad[0] if isinstance(pad, (list, tuple)) else pad) or 0)
-
-
-def _uses_cache(given: dict[str, Any], config: Any) -> bool:
-    wanted = given.get("use_cache")
-    return bool(getattr(config, "use_cache", False) if wanted is None else wanted)
 
 
 def _windows(config: Any) -> list[int | None]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from flexgen_hf.errors import FlexGenError, PolicyError
 from flexgen_hf.policy import Placement
+from flexgen_hf.storage.ledger import gib
 
 __all__ = ["app", "convert_command", "main", "verify_command"]
 
@@ -75,7 +76,7 @@ def convert_command(  # noqa: PLR0913, PLR0917 (a command's options are its para
             progress=bar.update,
         )
     size = sum(shard.bytes for shard in manifest.shards)
-    typer.echo(f"{out}: {manifest.dtype}, {len(manifest.shards)} shards, {size / (1 << 30):.2f} GiB")
+    typer.echo(f"{out}: {manifest.dtype}, {len(manifest.shards)} shards, {gib(size)}")
 
 
 @app.command("verify")
@@ -101,9 +102,7 @@ def verify_command(
     )
     with _Bar("verifying") as bar:
         report = verify(store, source, options=options, progress=bar.update)
-    typer.echo(
-        f"{store} equals {source}: {report.shards} shards, {report.tensors} tensors, {report.bytes / (1 << 30):.2f} GiB"
-    )
+    typer.echo(f"{store} equals {source}: {report.shards} shards, {report.tensors} tensors, {gib(report.bytes)}")
 
 
 def parse_weights(text: str) -> Placement:

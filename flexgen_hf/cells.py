@@ -26,14 +26,14 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .errors import UnsupportedModelError
-from .planning.budget import EXCHANGE_BYTES
+from .planning.budget import EXCHANGE_BYTES, Need
 from .planning.schedule import Route
 from .policy import Compression, Tier
 from .storage.buffers import PAGE, Buffer, round_up, tensor_view
 from .storage.files import SpillFile
 from .storage.workspace import Workspace
 
-__all__ = ["CacheSpace", "Cell", "SlotBytes", "exchange"]
+__all__ = ["CacheSpace", "Cell", "CellGrowth", "SlotBytes", "exchange"]
 
 # First and last token of an update, the last excluded.
 _Tokens = tuple[int, int]
@@ -54,6 +54,20 @@ class SlotBytes(NamedTuple):
     staging: int = 0
     working: int = 0
     attended: int = 0
+
+
+class CellGrowth(NamedTuple):
+    """Bytes that a cell takes to hold more tokens.
+
+    Args:
+        home: more than now.
+        slots: of the buffers that it then passes through.
+        bounce: of the host memory that its tokens pass through meanwhile, if it lives on disk.
+    """
+
+    home: int
+    slots: SlotBytes
+    bounce: int = 0
 
 
 class CacheSpace:
@@ -157,6 +171,14 @@ class CacheSpace:
             self.ensure_slot(slot, needs)
         if needs.attended:
             self.attended(needs.attended)
+
+    def growth(self, needs: SlotBytes, bounce: int) -> Iterator[Need]:
+        """What the buffers would take more if each had these bytes."""
+        yield Need(Tier.HOST, max(0, bounce - self._bounce.nbytes), "cache scratch")
+        wanted = [(buffer, needs.staging) for buffer in self._staging]
+        wanted += [(buffer, needs.working) for buffer in self._device_slots]
+        for buffer, nbytes in [*wanted, (self._attended, needs.attended)]:
+            yield Need(buffer.tier, max(0, nbytes - buffer.nbytes), "cache slots")
 
     def holds(self, needs: SlotBytes) -> bool:
         """Whether every buffer has the bytes that are needed."""
@@ -457,6 +479,21 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         index = rows.to(keys.device)
         self.put(keys.index_select(1, index), values.index_select(1, index))
 
+    def growth(self, tokens: int) -> CellGrowth:
+        """The most that it would take to hold `tokens` tokens."""
+        capacity = self._grown(tokens)
+        if self._shape is None or capacity == self._capacity:
+            return CellGrowth(0, self.slot_bytes)
+        blocks = [
+            (new - old) * size
+            for part, (_, size) in enumerate(self._shape.parts(0))
+            for old, new in (self._blocks(part) if self.home is Tier.DISK else ())
+        ]
+        before, after = self.nbytes, self._shape.nbytes(capacity)
+        if self.home is Tier.DISK and after > before:
+            before = 0  # what it gives back is too small for it, unless it lies beside another such part
+        return CellGrowth(after - before, self._slot_bytes(capacity), round_up(max(blocks, default=0)))
+
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` tokens in all. No lane may be busy."""
         if capacity <= self._capacity:
@@ -509,16 +546,20 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             raise UnsupportedModelError(f"keys and values changed from {self._shape} to {given} within one sequence")
         return given == self._shape
 
+    def _grown(self, length: int) -> int:
+        """Tokens that the cell is allocated for once it holds `length` of them; with every step it grows by half."""
+        return self._capacity if length <= self._capacity else max(length, self._capacity * 3 // 2)
+
     def _grow(self, length: int) -> None:
         if length <= self._capacity:
             return
         if self.route.moves and self.length:
             # The slot holds what was loaded; growing goes through the home, which is complete up to `length`.
-            self.reserve(max(length, self._capacity * 3 // 2))
+            self.reserve(self._grown(length))
             self._refill()
         else:
             shape = self._known()
-            self.reserve(max(length, self._capacity * 3 // 2))
+            self.reserve(self._grown(length))
             if self._shape is None or not self.is_initialized:
                 self.allocate(shape.batch, shape.key, shape.value, shape.compute_dtype)
 
@@ -564,12 +605,15 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     @property
     def slot_bytes(self) -> SlotBytes:
         """Bytes of the buffers that this cell passes through; none if it is used where it lives."""
+        return self._slot_bytes(self._capacity)
+
+    def _slot_bytes(self, capacity: int) -> SlotBytes:
         if self._shape is None or not self.route.moves:
             return SlotBytes()
-        seen = self._shape.in_compute().nbytes(self._capacity)
+        seen = self._shape.in_compute().nbytes(capacity)
         if self._stays:
             return SlotBytes(attended=seen if self._space.casts else 0)
-        staging = self.nbytes if self.home is Tier.DISK else 0
+        staging = self._shape.nbytes(capacity) if self.home is Tier.DISK else 0
         return SlotBytes(staging=staging, working=seen if self.route.push else 0)
 
     def _blocks(self, part: int) -> Iterator[_Tokens]:

@@ -24,6 +24,7 @@ import torch
 
 from .architectures import Structure
 from .errors import StoreError, UnsupportedModelError
+from .storage.ledger import gib
 from .weights.format import TensorExtent, read_header
 from .weights.pieces import pieces_of_extent, pieces_of_tensor, read_extent, torch_dtype
 from .weights.writer import ShardPlan, TensorPlan
@@ -194,8 +195,8 @@ def _index_pickle(path: Path) -> dict[str, CheckpointTensor]:
     if zipfile.is_zipfile(path):
         return {name: _of_tensor(tensor) for name, tensor in loaded.items()}
     _logger.warning(
-        "%s has the format that torch used before 1.6, which can only be read whole: its %.1f GiB must fit in memory",
-        path, path.stat().st_size / (1 << 30),
+        "%s has the format that torch used before 1.6, which can only be read whole: its %s must fit in memory",
+        path, gib(path.stat().st_size),
     )  # fmt: skip
     return {
         name: CheckpointTensor(tuple(tensor.shape), tensor.dtype, functools.partial(_from_legacy, path, name))

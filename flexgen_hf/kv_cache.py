@@ -6,7 +6,7 @@ Knows which rows belong to which micro-batch; where a cell lives and how it move
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from .cells import CacheSpace, Cell, SlotBytes, exchange
 from .errors import FlexGenError
+from .planning.budget import Need
 from .policy import Tier
 
 __all__ = ["BlockCache", "Span", "spans_of"]
@@ -106,10 +107,17 @@ class BlockCache(Cache):
         """
         if not self._close.alive:
             raise FlexGenError("this past_key_values was closed, by close() or by an error; begin with a new one")
-        needs = SlotBytes(*map(max, zip(SlotBytes(), *(cell.slot_bytes for cell in self.cells()), strict=True)))
+        needs = _largest(cell.slot_bytes for cell in self.cells())
         if not self.space.holds(needs):
             self.settle()
             self.space.ensure(needs)
+
+    def growth(self, tokens: int) -> list[Need]:
+        """The most that homes and slots would take more if every row got `tokens` tokens in all."""
+        grown = [(cell.home, cell.growth(tokens)) for cell in self.cells()]
+        needs = [Need(home, more.home, "the KV cache" if home is Tier.DISK else "KV cache") for home, more in grown]
+        needs += self.space.growth(_largest(more.slots for _, more in grown), max(more.bounce for _, more in grown))
+        return [need for need in needs if need.nbytes]
 
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` tokens."""
@@ -196,6 +204,11 @@ class BlockCache(Cache):
             for cell in child.cells:
                 cell.discard()
         self.children = self.children[: len(self.spans)]
+
+
+def _largest(slots: Iterable[SlotBytes]) -> SlotBytes:
+    """Of each kind of buffer the largest."""
+    return SlotBytes(*map(max, zip(SlotBytes(), *slots, strict=True)))
 
 
 def _rebuild(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:

@@ -34,11 +34,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import attention
+from .accounting import shape_of
 from .architectures import Structure, describe, is_tested
 from .checkpoints import CheckpointTensor, plan_shards, read_checkpoint, source_fingerprint, target_dtype
 from .errors import PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
-from .modeling import attach, shape_of
+from .modeling import attach
 from .planning.budget import Call, Demand, Limit, alternatives, difference, fits, rings_of, totals
 from .planning.placement import assign
 from .policy import Compression, Placement, Policy, Tier

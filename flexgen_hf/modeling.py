@@ -7,36 +7,36 @@ otherwise go wrong in silence. One of the two files that touch transformers' les
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils.generic import ModelOutput
+from transformers.cache_utils import DynamicCache
 
+from .accounting import Account, cache_geometry
 from .cells import CacheSpace
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
-from .kv_cache import BlockCache, spans_of
-from .planning.budget import ESTIMATED, Call, Demand, ModelShape, Need, alternatives, difference, fits, totals
+from .fixed_weights import FixedWeights
+from .kv_cache import BlockCache, Span, spans_of
+from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
+from .planning.budget import Demand
 from .planning.placement import assign
-from .policy import Compression, Policy, Tier
+from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
-from .storage.ledger import Ledger
 from .weights.writer import Origin, write_store
 
 __all__ = ["FlexGenForCausalLM", "attach"]
 
 
-class FlexGenForCausalLM:
+class FlexGenForCausalLM(FixedWeights):
     """A causal language model whose weights, cache and hidden states live on device, host and disk.
 
     Not instantiated: `from_pretrained` returns an object of the model's own Hugging Face class (`OPTForCausalLM`, ...)
@@ -50,9 +50,7 @@ class FlexGenForCausalLM:
     #: whether `generate` shows a progress bar on stderr; set it on a model, or here for all of them
     show_progress: bool = False
     _executor: Executor
-    _demand: Demand
-    #: what is entered into the account for the call of `generate` that is running, and what it was entered for
-    _estimates: _Estimates | None = None
+    _account: Account
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("use FlexGenForCausalLM.from_pretrained(...)")
@@ -147,12 +145,6 @@ class FlexGenForCausalLM:
         """Where compute happens; parameters may be anywhere."""
         return self._executor.space.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of compute."""
-        dtype = self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The `generate` of transformers, whole. A larger batch is cut into blocks where that changes nothing.
 
@@ -160,11 +152,12 @@ class FlexGenForCausalLM:
         calls keep all rows in flight, in as many micro-batches as it takes.
         """
         whole = super().generate  # type: ignore[misc]
-        call = _bound(whole, args, kwargs)
+        call = by_name(whole, args, kwargs)
         with torch.no_grad(), self._executor.session() as report:
             settings = self._settings(whole, call)
             prompts = self._prompts_per_block(call, settings)
-            with self._accounted(call, settings), self._progress(report, call, settings, prompts) as shown:
+            account = self._account.generation(may_be_cut=may_be_cut(call, settings), tokens=prompt_tokens(call))
+            with account, self._progress(report, call, settings, prompts) as shown:
                 if prompts is None:
                     return shown(whole)(*args, **kwargs)
                 return self._generate_in_blocks(shown(whole), call, prompts, _pad_token(settings))
@@ -178,7 +171,7 @@ class FlexGenForCausalLM:
         if not self.show_progress or executor.on_compute is not None:  # a call inside of one that is shown
             yield lambda generate: generate
             return
-        rows, width = next((tensor.shape for tensor in _row_inputs(call).values()), (0, 0))
+        rows, width = next((tensor.shape for tensor in row_inputs(call).values()), (0, 0))
         tokens = settings.max_new_tokens
         if tokens is None and width and call.get("max_length"):
             tokens = max(0, call["max_length"] - width)
@@ -200,15 +193,15 @@ class FlexGenForCausalLM:
 
     def _prompts_per_block(self, call: dict[str, Any], settings: GenerationConfig) -> int | None:
         """How many prompts fill a block, or None if the call is not to be cut."""
-        if not _may_be_cut(call, settings):
+        if not may_be_cut(call, settings):
             return None
-        rows = _row_inputs(call)
+        rows = row_inputs(call)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         prompts = max(1, self.policy.block_size // copies)
         return prompts if next(iter(rows.values())).shape[0] > prompts else None
 
     def _generate_in_blocks(self, generate: Any, call: dict[str, Any], prompts: int, pad: int) -> torch.Tensor:
-        rows = _row_inputs(call)
+        rows = row_inputs(call)
         rest = {name: value for name, value in call.items() if name not in rows}
         total = next(iter(rows.values())).shape[0]
         blocks = []
@@ -227,7 +220,7 @@ class FlexGenForCausalLM:
                 f"cache_implementation={wanted!r}: the policy places the cache; leave cache_implementation out"
             )
         given = model_kwargs.get("past_key_values")
-        self._account(generation_config, model_kwargs, batch_size, length)
+        self._account.enter_generation(generation_config, model_kwargs, batch_size, length)
         if isinstance(given, BlockCache):
             given.reserve(length)
         if given is not None or generation_config.use_cache is False:
@@ -236,83 +229,8 @@ class FlexGenForCausalLM:
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         beams = generation_config.num_beams or 1
         cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams)
-        if (geometry := _cache_geometry(self.config)) is not None:
-            cache.preallocate(*geometry, self.dtype)
         model_kwargs["past_key_values"] = cache
         return None
-
-    @contextlib.contextmanager
-    def _accounted(self, call: dict[str, Any], settings: GenerationConfig) -> Iterator[None]:
-        """What a call of `generate` takes without allocating it through us is in the account until the call ends."""
-        prompt = next(iter(_row_inputs(call).values()), call.get("inputs_embeds"))
-        before, self._estimates = (
-            self._estimates,
-            _Estimates(
-                self._executor.space.ledger,
-                may_be_cut=_may_be_cut(call, settings),
-                tokens=prompt.shape[1] if isinstance(prompt, torch.Tensor) and prompt.ndim > 1 else None,
-            ),
-        )
-        try:
-            yield
-        finally:
-            self._estimates.close()
-            self._estimates = before
-
-    def _account(self, settings: Any, model_kwargs: Mapping[str, Any], prompts: int, length: int) -> None:
-        """Enters what the call will take, and refuses what does not fit, before anything is computed.
-
-        Raises:
-            CapacityError: with the numbers, and with policies near to this one under which the call fits.
-        """
-        if self._estimates is None:
-            return
-        call = self._described(settings, model_kwargs, prompts, length, self._estimates)
-        if self._estimates.covers(call):  # a later block of the same call
-            return
-        demand, ledger = self._demand, self._executor.space.ledger
-        if ledger.held_as(Tier.HOST, "pinned buffers"):
-            demand = dataclasses.replace(demand, pinned=False)
-        needs = demand.needs(self.policy, call)
-
-        def remedy() -> str:
-            limits = ledger.limits(but=totals(demand.weights(self.policy.weights)))
-            near = alternatives(self.policy, lambda other: fits(demand.peak(other, call.in_block(other)), limits))
-            if not near:
-                return "; nothing near to this policy fits: ask for fewer rows or tokens"
-            return "; fits with " + ", or with ".join(difference(self.policy, other) for other in near[:2])
-
-        ledger.check(needs, remedy)
-        self._estimates.enter(call, [need for need in needs if need.what in ESTIMATED])
-
-    def _described(
-        self, settings: Any, model_kwargs: Mapping[str, Any], prompts: int, length: int, estimates: _Estimates
-    ) -> Call:
-        """The call in numbers."""
-        given = model_kwargs.get("past_key_values")
-        past = given.get_seq_length() if isinstance(given, Cache) else 0
-        whole = length if estimates.tokens is None else estimates.tokens
-        tokens = length if settings.use_cache is False else max(1, whole - past)
-        beams = settings.num_beams or 1
-        copies = max(beams, settings.num_return_sequences or 1)
-        returned = bool(settings.return_dict_in_generate)
-        keeps = returned * (bool(settings.output_logits) + bool(settings.output_scores))
-        all_logits = "logits_to_keep" not in inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
-        return Call(
-            rows=prompts * copies,
-            tokens=tokens,
-            capacity=max(1, length),
-            past=past,
-            beams=beams,
-            copies=copies,
-            may_be_cut=estimates.may_be_cut,
-            makes_cache=given is None and settings.use_cache is not False,
-            logit_tokens=tokens if all_logits else 1,
-            kept_logits=keeps * max(1, length + 1 - whole),
-            samples=bool(settings.do_sample),
-            eager=getattr(self.config, "_attn_implementation", None) == "eager",
-            keeps_hidden=returned and bool(settings.output_hidden_states),
-        )
 
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
@@ -322,7 +240,10 @@ class FlexGenForCausalLM:
         spans = spans_of(rows, size)
         windows = _windows(self.config)
         homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
-        return BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+        cache = BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+        if (geometry := cache_geometry(self.config)) is not None:
+            cache.preallocate(*geometry, self.dtype)
+        return cache
 
     def _optimize_model_for_decode(self) -> Any:
         # transformers would switch mixtures of experts to an implementation that copies an expert for every token.
@@ -331,64 +252,6 @@ class FlexGenForCausalLM:
     def generate_batch(self, *_: Any, **__: Any) -> Any:
         """Refused: continuous batching bypasses forward."""
         raise UnsupportedModelError("generate_batch (continuous batching) bypasses forward; use generate")
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Moves nothing: the policy places the model. A change of dtype is refused."""
-        _, dtype, *_rest = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and dtype != self.dtype:
-            raise PolicyError(f"to({dtype}): the model computes in {self.dtype}; load it with dtype={dtype}")
-        return self
-
-    def cuda(self, *_: Any, **__: Any) -> Any:
-        """Moves nothing: the policy places the model."""
-        return self
-
-    def cpu(self) -> Any:
-        """Moves nothing: the policy places the model."""
-        return self
-
-    def half(self, *_: Any) -> Any:
-        """As `to(torch.float16)`."""
-        return self.to(torch.float16)
-
-    def float(self, *_: Any) -> Any:
-        """As `to(torch.float32)`."""
-        return self.to(torch.float32)
-
-    def bfloat16(self, *_: Any) -> Any:
-        """As `to(torch.bfloat16)`."""
-        return self.to(torch.bfloat16)
-
-    def double(self) -> Any:
-        """As `to(torch.float64)`."""
-        return self.to(torch.float64)
-
-    def _apply(self, *_: Any, **__: Any) -> Any:
-        # What torch's own type(), to_empty(), share_memory() and the like come down to.
-        raise PolicyError("the policy places the weights, which can be neither moved nor cast; load with dtype=...")
-
-    def tie_weights(self, *_: Any, **__: Any) -> None:
-        """Nothing to do: what is tied was tied when the model was loaded."""
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
-        """Refused, unless the size is the one there is."""
-        embedding: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
-        if new_num_tokens not in (None, embedding.num_embeddings):
-            raise UnsupportedModelError(
-                f"resize_token_embeddings({new_num_tokens}): the table has {embedding.num_embeddings} rows on disk; "
-                "resize it with plain transformers and save the model, then load that"
-            )
-        return embedding
-
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """Refused: weights stay in their files."""
-        raise UnsupportedModelError("load_state_dict: save the weights as a checkpoint, and load that")
-
-    def train(self, mode: bool = True) -> Any:
-        """Refused for `mode=True`: weights come and go."""
-        if mode:
-            raise UnsupportedModelError("train(): weights are streamed and cannot be trained; use plain transformers")
-        return super().train(False)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, **kwargs: Any) -> None:
         """Writes a store, which both this package and plain transformers load.
@@ -428,100 +291,65 @@ class FlexGenForCausalLM:
     # --------------------------------------------------------------------------------------------------- forward
     def _forward(self, plain: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
         """Cuts the rows into micro-batches, runs `plain` on each in the executor, joins what they return."""
-        given = _flat(signature.bind(self, *args, **kwargs), signature)
+        given = flat(signature.bind(self, *args, **kwargs), signature)
         return_dict, given["return_dict"] = given.get("return_dict"), True
         source = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if source is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
         rows, tokens = source.shape[:2]
-        cache = given.get("past_key_values")
-        if cache is None and _uses_cache(given, self.config):
-            cache = given["past_key_values"] = self._make_cache(rows, tokens)
-        blocks = cache if isinstance(cache, BlockCache) else None
-        size = self.policy.batch_size if cache is None else rows  # a cache of another kind is used as it is, whole
-        spans = blocks.spans if blocks is not None else spans_of(rows, size)
-        if spans[-1][1] != rows:
-            raise ValueError(f"past_key_values holds {spans[-1][1]} rows but the input has {rows}")
-        bodies = [
-            functools.partial(plain, self, **{n: _part(n, v, k, span, rows) for n, v in given.items()})
-            for k, span in enumerate(spans)
-        ]
-        keep = bool(given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)))
-        with torch.no_grad():
+        spans = self._spans(given.get("past_key_values"), rows)
+        with torch.no_grad(), self._executor.session(), self._account.forward(given, spans, tokens) as is_alone:
+            cache = given.get("past_key_values")
+            if cache is None and wants(given, self.config, "use_cache"):
+                cache = given["past_key_values"] = self._make_cache(rows, tokens)
+            blocks = cache if isinstance(cache, BlockCache) else None
+            bodies = [
+                functools.partial(plain, self, **{n: part_of(n, v, k, span, rows) for n, v in given.items()})
+                for k, span in enumerate(spans)
+            ]
+            keep = wants(given, self.config, "output_hidden_states")
             outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
-            output = _merge(outputs, cache)
-            if given.get("labels") is not None and len(outputs) > 1:
-                output["loss"] = self._loss(outputs, output, given)
+            if is_alone:
+                self._executor.settle()  # what is refused below would stop what is on its way to the cache
+            output = self._put_together(outputs, given, strict=is_alone)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
 
-    def _loss(self, parts: Sequence[Any], whole: Any, given: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of all rows at once: the mean of the micro-batches' means would weigh tokens unequally.
+    def _spans(self, cache: Any, rows: int) -> list[Span]:
+        """The rows of each micro-batch; a cache of another kind than ours is used as it is, whole."""
+        if not isinstance(cache, BlockCache):
+            return spans_of(rows, self.policy.batch_size if cache is None else rows)
+        if cache.spans[-1][1] != rows:
+            raise ValueError(f"past_key_values holds {cache.spans[-1][1]} rows but the input has {rows}")
+        return cache.spans
+
+    def _put_together(self, outputs: list[Any], given: Mapping[str, Any], *, strict: bool) -> Any:
+        """What the micro-batches returned as one.
+
+        The loss is that of all rows at once: a mean of the micro-batches' means would weigh tokens unequally.
 
         Raises:
-            UnsupportedModelError: the model has a loss of its own kind, as its micro-batches show.
+            UnsupportedModelError: the model has a loss of its own kind, as its micro-batches show, or returns another
+                number that is one for all rows.
         """
-        function: Any = self.loss_function  # type: ignore[attr-defined]
+        has_loss = given.get("labels") is not None and len(outputs) > 1
+        function: Any = self.loss_function if has_loss else None  # type: ignore[attr-defined]
         settings = {"vocab_size": self.config.get_text_config(decoder=True).vocab_size}
         if given.get("num_items_in_batch") is not None:
             settings["num_items_in_batch"] = given["num_items_in_batch"]
-        labels, row = given["labels"], 0
-        for part in parts:
-            rows = labels[row : row + part.logits.shape[0]]
+        row = 0
+        for part in outputs if has_loss else ():
+            labels = given["labels"][row : row + part.logits.shape[0]]
             row += part.logits.shape[0]
-            if not torch.allclose(function(part.logits, rows, **settings), part.loss, rtol=1e-3, equal_nan=True):
+            if not torch.allclose(function(part.logits, labels, **settings), part.loss, rtol=1e-3, equal_nan=True):
                 raise UnsupportedModelError(
                     f"{type(self).__name__} computes another loss than that of the next token, which can't be put "
                     "together from micro-batches; pass one micro-batch at a time, or compute it from the logits"
                 )
-        loss: torch.Tensor = function(whole.logits, labels, **settings)
-        return loss
-
-
-# Arguments of generate that may look at the batch as a whole, or at row numbers.
-_SEES_WHOLE_BATCH = frozenset(
-    "logits_processor stopping_criteria prefix_allowed_tokens_fn assistant_model streamer negative_prompt_ids "
-    "negative_prompt_attention_mask custom_generate prompt_lookup_num_tokens past_key_values inputs_embeds".split()
-)
-_ROW_INPUTS = ("inputs", "input_ids", "attention_mask", "position_ids", "token_type_ids")
-
-
-class _Estimates:
-    """What is in the account, during a call of `generate`, for memory that the model's own code allocates.
-
-    Args:
-        ledger: the account.
-        may_be_cut: whether the call may be cut into smaller blocks.
-        tokens: of each prompt, those that a given cache holds included; None if the call does not say it.
-    """
-
-    def __init__(self, ledger: Ledger, *, may_be_cut: bool, tokens: int | None) -> None:
-        self.may_be_cut, self.tokens = may_be_cut, tokens
-        self._ledger, self._needs = ledger, list[Need]()
-        self._call: Call | None = None
-
-    def covers(self, call: Call) -> bool:
-        """Whether what is entered is enough for `call`."""
-        entered = self._call
-        return (
-            entered is not None
-            and call.rows <= entered.rows
-            and dataclasses.replace(call, rows=entered.rows, may_be_cut=entered.may_be_cut) == entered
-        )
-
-    def enter(self, call: Call, needs: Sequence[Need]) -> None:
-        """Takes it, in place of what was taken for an earlier call."""
-        self.close()
-        for need in needs:
-            self._ledger.take(*need)
-            self._needs.append(need)
-        self._call = call
-
-    def close(self) -> None:
-        """Gives it back."""
-        while self._needs:
-            self._ledger.give(*self._needs.pop())
-        self._call = None
+        output = merged(outputs, given.get("past_key_values"), strict=strict, apart=("loss",) if has_loss else ())
+        if has_loss:
+            output["loss"] = function(output.logits, given["labels"], **settings)
+        return output
 
 
 def attach(model: Any, executor: Executor, demand: Demand) -> None:
@@ -538,44 +366,12 @@ def attach(model: Any, executor: Executor, demand: Demand) -> None:
     names = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
     model.__class__ = type(plain.__name__, (FlexGenForCausalLM, plain), names)
     object.__setattr__(model, "_executor", executor)
-    object.__setattr__(model, "_demand", demand)
-
-
-def _may_be_cut(call: dict[str, Any], settings: GenerationConfig) -> bool:
-    """Whether the rows of a call do not influence each other."""
-    rows = _row_inputs(call)
-    if not rows or any(value is not None for name, value in call.items() if name in _SEES_WHOLE_BATCH):
-        return False
-    if any(isinstance(v, (torch.Tensor, Cache)) for n, v in call.items() if n not in rows):
-        return False
-    if settings.do_sample or settings.return_dict_in_generate:
-        return False
-    # with these, rows go on until the last one stops
-    return settings.max_time is None and settings.stop_strings is None
-
-
-def _bound(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    signature = inspect.signature(function)
-    return _flat(signature.bind(*args, **kwargs), signature)
-
-
-def _flat(bound: inspect.BoundArguments, signature: inspect.Signature) -> dict[str, Any]:
-    given = dict(bound.arguments)
-    given.pop("self", None)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    return given
+    account = Account(model.config, demand, executor.policy, executor.space.ledger, signature.parameters)
+    object.__setattr__(model, "_account", account)
 
 
 def _short(value: Any) -> str:
     return repr(value) if isinstance(value, (bool, str)) else f"a {type(value).__name__}"
-
-
-def _row_inputs(call: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The arguments that have one row per prompt; the ids come first."""
-    return {n: call[n] for n in _ROW_INPUTS if isinstance(call.get(n), torch.Tensor) and call[n].ndim == 2}
 
 
 def _pad_token(settings: GenerationConfig) -> int:
@@ -586,98 +382,6 @@ def _pad_token(settings: GenerationConfig) -> int:
     return int((pad[0] if isinstance(pad, (list, tuple)) else pad) or 0)
 
 
-def _part(name: str, value: Any, batch: int, span: tuple[int, int], rows: int) -> Any:
-    """The share of one micro-batch in an argument of forward."""
-    if isinstance(value, BlockCache):
-        return value.children[batch]
-    if isinstance(value, dict):
-        return {key: _part(name, item, batch, span, rows) for key, item in value.items()}
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in ("logits_to_keep", "cache_position"):
-        return value
-    if name == "position_ids" and value.ndim == 3:  # (axes, batch, tokens)
-        return value[:, span[0] : span[1]]
-    return value[span[0] : span[1]] if value.shape[0] == rows else value
-
-
-def _uses_cache(given: dict[str, Any], config: Any) -> bool:
-    wanted = given.get("use_cache")
-    return bool(getattr(config, "use_cache", False) if wanted is None else wanted)
-
-
 def _windows(config: Any) -> list[int | None]:
     """For each layer the length of its sliding window, or None, as transformers' own cache would have it."""
     return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-
-
-def _cache_geometry(config: Any) -> tuple[int, int] | None:
-    """(heads, head_dim) of keys and values, or None if the config does not say it plainly."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        heads = 1
-    width = getattr(text, "head_dim", None)
-    if width is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
-        width = text.hidden_size // text.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(width, int) or getattr(text, "kv_lora_rank", None):
-        return None
-    return heads, width
-
-
-def shape_of(config: Any, inner_size: int, itemsize: int, kept_itemsize: int, casts_head: bool) -> ModelShape:
-    """The sizes of a model that decide how much memory a call takes.
-
-    Args:
-        config: of the model.
-        inner_size: rows of the matrices of a layer's MLP, experts left out.
-        itemsize: bytes of an element in compute.
-        kept_itemsize: bytes of an element of a cell at home.
-        casts_head: the head's table is cast tile by tile.
-    """
-    text = config.get_text_config(decoder=True)
-    geometry = _cache_geometry(config)
-    heads = int(getattr(text, "num_attention_heads", None) or 1)
-    expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
-    return ModelShape(
-        num_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
-        # an expert multiplies by three matrices, as gated MLPs do
-        inner_size=inner_size + 3 * expert * (getattr(text, "num_experts_per_tok", None) or 0),
-        query_size=heads * geometry[1] if geometry is not None else int(text.hidden_size),
-        key_size=geometry[0] * geometry[1] if geometry is not None else None,
-        num_heads=heads,
-        vocab_size=int(text.vocab_size),
-        itemsize=itemsize,
-        kept_itemsize=kept_itemsize,
-        casts_head=casts_head,
-    )
-
-
-def _merge(outputs: list[Any], cache: Any) -> Any:
-    """Joins what the micro-batches returned, field by field, along the first axis."""
-    first = outputs[0]
-    if isinstance(first, Cache):
-        return cache
-    if isinstance(first, ModelOutput):
-        return type(first)(**{key: _merge([o[key] for o in outputs], cache) for key in first})
-    if isinstance(first, torch.Tensor):
-        return _joined(outputs) if first.ndim else torch.stack(outputs).mean()
-    if isinstance(first, (tuple, list)):
-        return type(first)(_merge(list(values), cache) for values in zip(*outputs, strict=True))
-    return first
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The parts one behind the other. Logits are parts of one tensor already: it is returned, not a copy."""
-    first, rows = parts[0], 0
-    for part in parts:
-        if (
-            type(part) is not torch.Tensor
-            or not part.is_contiguous()
-            or part.dtype != first.dtype
-            or part.shape[1:] != first.shape[1:]
-            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or part.storage_offset() != first.storage_offset() + rows * first.stride(0)
-        ):
-            return torch.cat(list(parts))
-        rows += part.shape[0]
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

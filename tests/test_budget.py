@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,25 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTConfig
 
 from flexgen_hf import CapacityError, FlexGenForCausalLM, Placement, Policy, Tier, loading
+from flexgen_hf.accounting import Account
 from flexgen_hf.bench import emulated
 from flexgen_hf.bench.shapes import write_random_checkpoint
-from flexgen_hf.modeling import _joined
-from flexgen_hf.planning.budget import ESTIMATED, Call, Demand, Limit, ModelShape, Need, alternatives, difference, fits
+from flexgen_hf.microbatches import joined
+from flexgen_hf.planning.budget import (
+    ESTIMATED,
+    Call,
+    Demand,
+    Limit,
+    ModelShape,
+    Need,
+    alternatives,
+    difference,
+    fits,
+    totals,
+)
 from tests.control_groups import PEAK_MEMORY, memory_limit, run_in
 from tests.tiny import DISK, batch, greedy, load, pretend_accelerator, reference, write_tiny_opt
 
@@ -54,15 +67,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """What each call of `generate` was described as."""
+    """What each call was described as."""
     seen: list[Call] = []
-    describe = FlexGenForCausalLM._described
+    enter = Account._enter
 
-    def described(*args: Any) -> Call:
-        seen.append(describe(*args))
-        return seen[-1]
+    def noted(account: Account, call: Call, *args: Any) -> None:
+        seen.append(call)
+        enter(account, call, *args)
 
-    monkeypatch.setattr(FlexGenForCausalLM, "_described", described)
+    monkeypatch.setattr(Account, "_enter", noted)
     return seen
 
 
@@ -107,7 +120,7 @@ def test_what_is_predicted_is_what_is_taken(  # noqa: PLR0917  fixtures and what
         calls.clear()
         with load(folder, offload, policy) as model:
             greedy(model, batch(rows, tokens), new)
-            assert model._demand.peak(policy, calls[0]) == model.last_run.peak_bytes
+            assert model._account.demand.peak(policy, calls[0]) == model.last_run.peak_bytes
 
 
 def test_the_beams_of_a_prompt_need_no_more_than_is_predicted(
@@ -118,9 +131,19 @@ def test_the_beams_of_a_prompt_need_no_more_than_is_predicted(
         calls.clear()
         with load(checkpoint, offload, policy) as model:
             model.generate(**batch(4), num_beams=3, do_sample=False, max_new_tokens=5, min_new_tokens=5)
-            predicted, taken = model._demand.peak(policy, calls[0]), model.last_run.peak_bytes
+            predicted, taken = model._account.demand.peak(policy, calls[0]), model.last_run.peak_bytes
         assert all(taken[tier] <= predicted[tier] for tier in Tier)
         assert sum(predicted.values()) <= 1.2 * sum(taken.values())
+
+
+def write_small(folder: Path, family: str) -> Path:
+    """A checkpoint large enough for its activations to be more than noise."""
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "OPT":
+        config: Any = OPTConfig(**sizes, word_embed_proj_dim=64, ffn_dim=256, max_position_embeddings=100)
+    else:
+        config = LlamaConfig(**sizes, intermediate_size=172, num_key_value_heads=2, max_position_embeddings=100)
+    return write_random_checkpoint(folder, config, torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [8, 64])
@@ -130,20 +153,14 @@ def test_estimates_are_upper_bounds_and_not_wild(
     tmp_path: Path, calls: list[Call], family: str, hidden: Placement, tokens: int
 ) -> None:
     """Against what a device holds that counts every tensor; its attention writes scores to memory, as eager does."""
-    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if family == "OPT":
-        config: Any = OPTConfig(**sizes, word_embed_proj_dim=64, ffn_dim=256, max_position_embeddings=100)
-    else:
-        config = LlamaConfig(**sizes, intermediate_size=172, num_key_value_heads=2, max_position_embeddings=100)
-    folder = write_random_checkpoint(tmp_path / "model", config, torch.float32)
-    device = emulated.configure()
+    folder, device = write_small(tmp_path / "model", family), emulated.configure()
     policy = Policy(hidden=hidden, batch_size=4, num_batches=2)
     with FlexGenForCausalLM.from_pretrained(
         folder, policy=policy, device=str(emulated.install()), offload_folder=tmp_path, attn_implementation="eager"
     ) as model:
         device.peak_bytes = device.used_bytes
         greedy(model, batch(8, tokens), 2)
-        needs = model._demand.needs(policy, calls[0])
+        needs = model._account.demand.needs(policy, calls[0])
         estimated = sum(need.nbytes for need in needs if need.what in ESTIMATED)
         taken = device.peak_bytes - (model.last_run.peak_bytes[Tier.DEVICE] - estimated)
     assert taken <= estimated <= 2.5 * taken
@@ -174,10 +191,10 @@ def _no_logits(joined: torch.Tensor) -> torch.Tensor:
     return joined
 
 
-def test_parts_that_are_not_one_tensor_are_joined() -> None:
+def test_parts_that_are_not_one_tensor_arejoined() -> None:
     whole = torch.arange(24.0).reshape(6, 4)
     first, second, third = whole.split([2, 3, 1])
-    assert _joined([first, second, third]).data_ptr() == whole.data_ptr()
+    assert joined([first, second, third]).data_ptr() == whole.data_ptr()
     for parts in (
         [second, first],
         [first, third],
@@ -186,8 +203,8 @@ def test_parts_that_are_not_one_tensor_are_joined() -> None:
         [first, second[:, :0]],
     ):
         if parts[-1].shape[1] == 4:
-            assert torch.equal(_joined(parts), torch.cat(parts))
-            assert _joined(parts).data_ptr() != whole.data_ptr()
+            assert torch.equal(joined(parts), torch.cat(parts))
+            assert joined(parts).data_ptr() != whole.data_ptr()
 
 
 # ------------------------------------------------------------------------------------------------------------ a way out
@@ -325,6 +342,163 @@ def test_what_is_entered_for_a_call_is_given_back(checkpoint: Path, offload: Pat
         with pytest.raises(KeyboardInterrupt):
             model.generate(**batch(7), max_new_tokens=3, logits_processor=[interrupt])
         assert all(ledger.held_as(Tier.DEVICE, name) == 0 for name in ESTIMATED)
+
+
+# ----------------------------------------------------------------------------------------------------- a plain forward
+#: arguments of a forward, made from the prompts
+FORWARDS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "plain": lambda _: {},
+    "no cache": lambda _: {"use_cache": False},
+    "labels": lambda prompts: {"labels": prompts["input_ids"]},
+    "last logits": lambda _: {"logits_to_keep": 1},
+    "hidden states": lambda _: {"output_hidden_states": True},
+    "attention": lambda _: {"output_attentions": True},
+}
+
+
+def held(model: Any) -> dict[Tier, int]:
+    """Bytes in the account."""
+    return {tier: model._executor.space.ledger.held(tier) for tier in Tier}
+
+
+@pytest.mark.parametrize("hidden", [Placement(device=1.0), DISK], ids=["device", "disk"])
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("family", ["OPT", "Llama"])
+def test_what_a_forward_takes_is_predicted(
+    tmp_path: Path, calls: list[Call], family: str, batches: int, hidden: Placement
+) -> None:
+    """What is ours to the byte; what is the model's is estimated from above, and not wildly."""
+    folder, device = write_small(tmp_path / "model", family), emulated.configure()
+    policy = Policy(hidden=hidden, batch_size=8 // batches, num_batches=batches)
+    with FlexGenForCausalLM.from_pretrained(
+        folder, policy=policy, device=str(emulated.install()), offload_folder=tmp_path, attn_implementation="eager"
+    ) as model:
+        prompts = {name: value.to(model.device) for name, value in batch(8, 48).items()}
+        for name, make in FORWARDS.items():
+            calls.clear()
+            device.peak_bytes = device.used_bytes
+            output = model(**prompts, **make(prompts))
+            needs = model._account.demand.needs(policy, calls[0])
+            estimated = sum(need.nbytes for need in needs if need.what in ESTIMATED)
+            taken = device.peak_bytes - (model.last_run.peak_bytes[Tier.DEVICE] - estimated)
+            assert taken <= estimated <= 2.5 * taken, name
+            assert model._account.demand.peak(policy, calls[0]) == model.last_run.peak_bytes, name
+            del output
+
+
+def test_a_forward_is_described_by_its_arguments(checkpoint: Path, offload: Path, calls: list[Call]) -> None:
+    prompts = batch(5)
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    with load(checkpoint, offload, Policy(batch_size=2, num_batches=2)) as model:
+        embeds = model.get_input_embeddings()(ids)
+        past = model(**prompts).past_key_values
+        model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        model(**prompts, logits_to_keep=torch.tensor([0, 3, 5]))
+        model(ids[:, :2], attention_mask=torch.cat([mask, mask[:, :2]], 1), past_key_values=past)
+        model(**prompts, past_key_values=DynamicCache(config=model.config), labels=ids)
+    plain = Call(5, 6, 6, may_be_cut=False, logit_tokens=6)
+    assert calls == [
+        plain,
+        replace(plain, makes_cache=False),
+        replace(plain, logit_tokens=3),
+        replace(plain, tokens=2, capacity=8, past=6, makes_cache=False, logit_tokens=2, micro_batches=(2, 2, 1)),
+        replace(plain, makes_cache=False, has_loss=True, micro_batches=(5,)),
+    ]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["plain", "labels", "no cache", "last logits"])
+def test_a_forward_that_does_not_fit_is_refused_with_a_way_out(checkpoint: Path, offload: Path, name: str) -> None:
+    """Nothing is computed and nothing stays; every way that the message names works."""
+    prompts = batch(16, 30)
+    arguments = FORWARDS[name](prompts)
+    policy, budget = Policy(weights=DISK, batch_size=4, num_batches=4), {"cpu": 800_000}
+    with load(checkpoint, offload, policy, max_memory=budget) as model:
+        before = held(model)
+        for _ in range(2):
+            with pytest.raises(CapacityError, match=r"needs .* MiB left of .*; fits with ") as caught:
+                model(**prompts, **arguments)
+            assert model.last_run.sweeps == []
+            assert held(model) == before
+        ways = str(caught.value).partition("; fits with ")[2].split(", or with ")
+        (rows,) = re.findall(r"(\d+) of the 16 rows at a time", str(ways))
+        fewer = {key: value[: int(rows)] for key, value in prompts.items()}
+        more = {key: value[: int(rows) + 1] for key, value in prompts.items()}
+        with torch.no_grad():
+            want = reference(checkpoint)(**fewer, **FORWARDS[name](fewer)).logits
+        torch.testing.assert_close(model(**fewer, **FORWARDS[name](fewer)).logits, want)
+        with pytest.raises(CapacityError, match="fits with"):
+            model(**more, **FORWARDS[name](more))
+        settings = dict(re.findall(r"(logits_to_keep|use_cache)=(1|False)", str(ways)))
+        if model._executor.space.is_direct:
+            assert ("use_cache" in settings) == (name == "last logits")
+            assert ("logits_to_keep" in settings) == (name == "no cache")
+        if settings:
+            model(**prompts, **arguments, **{key: json.loads(value.lower()) for key, value in settings.items()})
+        assert held(model) == before
+    for size in re.findall(r"batch_size=(\d+) \(block \d+\)'", str(ways)):
+        with load(checkpoint, offload, policy.replace(batch_size=int(size)), max_memory=budget) as model:
+            model(**prompts, **arguments)
+
+
+def test_where_no_row_fits_fewer_tokens_may(checkpoint: Path, offload: Path) -> None:
+    with load(checkpoint, offload, Policy(weights=DISK, batch_size=4), max_memory={"cpu": 150_000}) as model:
+        prompts = batch(1, 30)
+        with pytest.raises(CapacityError, match=r"fits with \d+ tokens of one row at a time") as caught:
+            model(**prompts)
+        tokens = int(re.search(r"with (\d+) tokens", str(caught.value))[1])  # type: ignore[index]
+        model(prompts["input_ids"][:, :tokens])
+        with pytest.raises(CapacityError):
+            model(prompts["input_ids"][:, : tokens + 1])
+
+
+@pytest.mark.parametrize("cache", [Placement(device=1.0), DISK], ids=["device", "disk"])
+def test_a_cache_that_cannot_grow_is_kept(checkpoint: Path, offload: Path, cache: Placement) -> None:
+    """The refusal names how many tokens can be taken at a time, and the cache takes them."""
+    ids, policy = batch(4, 38)["input_ids"], Policy(weights=DISK, cache=cache, batch_size=2, num_batches=2)
+    with load(checkpoint, offload, policy, max_memory={"cpu": 300_000}) as model:
+        past = model(ids[:, :4]).past_key_values
+        before = held(model)
+        with pytest.raises(
+            CapacityError, match=r"fits with (logits_to_keep=1, .*)?\d+ of the 34 tokens at a time"
+        ) as caught:
+            model(ids[:, 4:], past_key_values=past)
+        assert held(model) == before
+        tokens = 4 + int(re.search(r"(\d+) of the 34", str(caught.value))[1])  # type: ignore[index]
+        got = model(ids[:, 4:tokens], past_key_values=past).logits
+    with torch.no_grad():
+        torch.testing.assert_close(got, reference(checkpoint)(ids[:, :tokens]).logits[:, 4:])
+
+
+@pytest.mark.parametrize("cache", [Placement(device=1.0), DISK], ids=["device", "disk"])
+def test_what_a_cache_grows_by_is_predicted(checkpoint: Path, offload: Path, cache: Placement) -> None:
+    ids, policy = batch(5, 20)["input_ids"], Policy(weights=DISK, cache=cache, batch_size=2, num_batches=3)
+    with load(checkpoint, offload, policy) as model:
+        past = model(ids[:, :4]).past_key_values
+        before = held(model)
+        for start, end in ((4, 5), (5, 6), (6, 20)):
+            grown = totals(past.growth(end))
+            model(ids[:, start:end], past_key_values=past)
+            taken = {tier: size - before[tier] for tier, size in held(model).items()}
+            assert all(taken[tier] <= grown[tier] for tier in Tier)
+            assert cache.disk or taken == grown
+            assert sum(grown.values()) <= 1.7 * max(1, sum(taken.values()))
+            before = held(model)
+
+
+def test_what_a_forward_takes_is_in_the_account_while_it_runs(
+    checkpoint: Path, offload: Path, calls: list[Call]
+) -> None:
+    with load(checkpoint, offload, Policy(batch_size=2, num_batches=2)) as model:
+        ledger, during = model._executor.space.ledger, []
+        model._executor.on_compute = lambda *_: during.append(ledger.held_as(Tier.DEVICE, "logits"))
+        model(**batch(3))
+        assert set(during) == {3 * 96 * (6 * 8 + 4)}
+        assert all(ledger.held_as(Tier.DEVICE, name) == 0 for name in ESTIMATED)
+        during.clear()
+        model.generate(**batch(3), max_new_tokens=3, do_sample=False)
+        assert set(during) == {3 * 96 * (8 + 4)}, "entered twice"
+        assert len(calls) == 2
 
 
 # ----------------------------------------------------------------------------------------------------- without a policy

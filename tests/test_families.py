@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from flexgen_hf import Policy
+from flexgen_hf.accounting import cache_geometry
 from flexgen_hf.architectures import TESTED
-from flexgen_hf.modeling import _cache_geometry
 
 from .checkpoints import opt_config
 from .comparison import BEAMS, GREEDY, load_ours, load_plain, ragged, same_tokens, same_values, save_tiny
@@ -77,8 +77,8 @@ def test_the_tokens_of_transformers(checkpoint: Path) -> None:
         same_tokens(plain, ours, BEAMS, prompts)
         # Memory for the cache is taken before work starts, so its shape must be known from the config.
         cache = ours(**prompts, use_cache=True).past_key_values
-        assert {cell.keys.shape[1::2] for cell in cache.cells()} == {_cache_geometry(ours.config)}
-        assert {cell.values.shape[1::2] for cell in cache.cells()} == {_cache_geometry(ours.config)}
+        assert {cell.keys.shape[1::2] for cell in cache.cells()} == {cache_geometry(ours.config)}
+        assert {cell.values.shape[1::2] for cell in cache.cells()} == {cache_geometry(ours.config)}
         with torch.no_grad():
             same_values(plain(**prompts).logits, ours(**prompts).logits)
     assert len({tuple(row) for row in got[:, 9:].tolist()}) > 2  # the comparison could have failed

@@ -25,7 +25,18 @@ from transformers import (
 from flexgen_hf import Policy, UnsupportedModelError
 from flexgen_hf.kv_cache import BlockCache
 
-from .comparison import BEAMS, GREEDY, SAMPLING, THREE_TIERS, load_ours, ragged, same_tokens, same_values
+from .comparison import (
+    BEAMS,
+    GREEDY,
+    SAMPLING,
+    THREE_TIERS,
+    load_ours,
+    load_plain,
+    ragged,
+    same_tokens,
+    same_values,
+    save_tiny,
+)
 
 
 @pytest.fixture(scope="module")
@@ -495,23 +506,44 @@ def test_several_micro_batches_and_tiers_were_at_work(ours: Any, prompts: dict[s
     assert ours.policy == THREE_TIERS
 
 
-def test_a_loss_of_another_kind_is_refused(tmp_path: Path) -> None:
-    """Mixtures of experts add a term for their router, which is no mean over tokens."""
+@pytest.fixture(scope="module")
+def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts, which can return what its router costs."""
     from transformers import MixtralConfig
-
-    from .comparison import load_plain, save_tiny
 
     config = MixtralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5,
     )  # fmt: skip
-    folder = save_tiny(config, tmp_path / "model")
-    plain, inputs = load_plain(folder), ragged([4, 4, 4])
+    return save_tiny(config, tmp_path_factory.mktemp("mixture") / "model")
+
+
+def test_a_loss_of_another_kind_is_refused(tiny_mixture: Path) -> None:
+    """Mixtures of experts add a term for their router, which is no mean over tokens."""
+    plain, inputs = load_plain(tiny_mixture), ragged([4, 4, 4])
     labels = inputs["input_ids"]
-    with load_ours(folder) as model, torch.no_grad():
+    with load_ours(tiny_mixture) as model, torch.no_grad():
         same_values(plain(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
         one = {name: value[:2] for name, value in inputs.items()}  # a single micro-batch is what the model says it is
         settings = {"output_router_logits": True}
         same_values(plain(**one, labels=labels[:2], **settings).loss, model(**one, labels=labels[:2], **settings).loss)
         with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM computes another loss"):
             model(**inputs, labels=labels, **settings)
+
+
+def test_a_number_that_is_one_for_all_rows_is_refused(tiny_mixture: Path) -> None:
+    """The router's cost of a batch is no mean of its micro-batches'. It is returned where they agree."""
+    plain, inputs, settings = load_plain(tiny_mixture), ragged([5, 2, 4]), {"output_router_logits": True}
+    one = {name: value[:2] for name, value in inputs.items()}
+    twice = {name: torch.cat([value, value]) for name, value in one.items()}
+    with load_ours(tiny_mixture) as model, torch.no_grad():
+        assert model.policy.batch_size == 2
+        with pytest.raises(UnsupportedModelError, match=r"aux_loss is one number for all rows.* 2 micro-batches"):
+            model(**inputs, **settings)
+        for prompts in (one, twice):
+            want, got = plain(**prompts, **settings), model(**prompts, **settings)
+            same_values(want.aux_loss, got.aux_loss)
+            same_values(want.router_logits, got.router_logits)
+        for each in (plain, model):
+            each.config.output_router_logits = True
+        same_tokens(plain, model, GREEDY, inputs, max_new_tokens=1)  # nobody sees it there

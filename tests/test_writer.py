@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from flexgen_hf.errors import CapacityError, ConversionError, StoreError
 from flexgen_hf.policy import Placement, Tier
+from flexgen_hf.storage.ledger import gib
 from flexgen_hf.weights import pieces, writer
 from flexgen_hf.weights.format import INDEX_NAME, Manifest, is_store
 from flexgen_hf.weights.writer import JOURNAL_NAME, LOCK_NAME, Origin, ShardPlan, TensorPlan, write_store
@@ -237,9 +238,9 @@ def test_force_writes_every_shard_again(tmp_path):
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10_000, 9_000, 1_000))
-    needed = sum(len(plan.header()) + plan.data_bytes for plan in plans())
-    with pytest.raises(CapacityError, match=rf"needs .*\({needed} bytes\) more but its disk has .*\(1000 bytes\) free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(1 << 20, 1 << 20, 8 << 10))
+    needed = gib(sum(len(plan.header()) + plan.data_bytes for plan in plans()))
+    with pytest.raises(CapacityError, match=rf"needs {needed} more but its disk has 0\.01 MiB free"):
         write_store(tmp_path, plans(), ORIGIN)
     assert files(tmp_path) <= {LOCK_NAME}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..policy import Placement, Policy, Tier
 from .placement import assign
@@ -30,6 +30,7 @@ __all__ = [
     "alternatives",
     "difference",
     "fits",
+    "largest",
     "rings_of",
     "totals",
 ]
@@ -38,6 +39,8 @@ __all__ = [
 ESTIMATED = frozenset({"working set", "logits"})
 
 _PAGE = 4096
+
+_Asked = TypeVar("_Asked", Policy, "Call")
 
 #: beams that change rows are exchanged through blocks of about this size (`cells.exchange`)
 EXCHANGE_BYTES = 2 << 20
@@ -107,7 +110,7 @@ class ModelShape:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one call of `generate` asks for.
+    """What one call of `generate`, or of the model itself, asks for.
 
     Args:
         rows: sequences in flight, beams and returned sequences counted each.
@@ -123,6 +126,9 @@ class Call:
         samples: tokens are drawn, so logits are sorted and normalized.
         eager: attention writes its scores to memory.
         keeps_hidden: hidden states of all layers are returned.
+        keeps_attention: attention weights of all layers are returned.
+        has_loss: a loss is computed from the logits.
+        micro_batches: rows of each, where a cache that is given says so and not the policy.
     """
 
     rows: int
@@ -138,6 +144,9 @@ class Call:
     samples: bool = False
     eager: bool = False
     keeps_hidden: bool = False
+    keeps_attention: bool = False
+    has_loss: bool = False
+    micro_batches: tuple[int, ...] = ()
 
     def in_block(self, policy: Policy) -> Call:
         """The call with as many rows as are in flight with this policy."""
@@ -149,6 +158,8 @@ class Call:
 
     def batches(self, policy: Policy) -> list[int]:
         """Rows of each micro-batch."""
+        if self.micro_batches:
+            return list(self.micro_batches)
         size = max(self.beams, policy.batch_size // self.beams * self.beams)
         return [min(size, self.rows - start) for start in range(0, self.rows, size)]
 
@@ -183,15 +194,17 @@ class Demand:
         *working set*: what the block holds while its prompt goes through the layers, and on top one layer at work.
         The block: 2 R T h s, the embeddings that the model's own code keeps in its frame (of tokens and of positions;
         2 r T h s where they are dropped after the first layer); R T h s d, the share d of hidden states that is not
-        parked elsewhere; 2 R T s head_dim of rotary tables; R T T masks of one byte (r T T where they are made late,
+        parked elsewhere; those of all layers if they are returned, and attention weights, twice where micro-batches are
+        put together; 2 R T s head_dim of rotary tables; R T T masks of one byte (r T T where they are made late,
         R T T s where attention is eager); 48 bytes of ids and positions for each token that a row can get. A layer,
         whichever is larger: attention, r T s (2h + 5q + 2k) and the mask in the dtype of compute, r T T s, or where
         attention is eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that
         computes in float32, r T h (2s + 12).
 
         *logits*: 2s + 4 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
-        in float32), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; and the
-        tile of the head's table that is being cast.
+        in float32), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; 2s for each
+        further token whose logits are returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their
+        logarithms); and the tile of the head's table that is being cast.
 
         Measured on a CPU in 48 runs (an OPT and a Llama of hidden size 512; float32, bfloat16 and float16; greedy,
         beams, sampling, eager), both together were 0.9 to 2.4 times what the process really took beyond the rest, where
@@ -280,11 +293,14 @@ class Demand:
         key = shape.query_size if shape.key_size is None else shape.key_size
         near = policy.hidden.device + (policy.hidden.host if self.direct else 0)
         parked = rings_of(policy).hidden * at_once / max(1, rows)  # on their way home or back
-        states = shape.num_layers + 1 if call.keeps_hidden else min(1.0, near + (parked if near < 1 else 0))
         several = len(batches) > 1
+        parts = 2 if several else 1  # those of the micro-batches, and what they are put together to
+        states = parts * (shape.num_layers + 1) if call.keeps_hidden else min(1.0, near + (parked if near < 1 else 0))
         embedded = at_once if several and shape.forgets_embeddings and not call.keeps_hidden else rows
         masked = at_once if several and shape.makes_masks_late and policy.num_batches > 1 and not call.eager else rows
         held = tokens * shape.hidden_size * size * (2 * embedded + rows * states)
+        if call.keeps_attention:
+            held += parts * shape.num_layers * shape.num_heads * rows * tokens * (call.past + tokens) * size
         held += 2 * rows * tokens * size * shape.query_size // shape.num_heads
         held += masked * tokens * (call.past + tokens) * (size if call.eager else 1) + 48 * rows * call.capacity
         scores = shape.num_heads * (2 * size if size >= 4 else size + 8) if call.eager else size
@@ -297,6 +313,8 @@ class Demand:
     def _logits(self, call: Call) -> int:
         shape = self.shape
         entry = (2 * shape.itemsize + (12 if call.beams > 1 else 0)) * max(1, call.logit_tokens)
+        if call.has_loss:
+            entry += (4 if shape.itemsize >= 4 else 8) * call.logit_tokens
         entry += 4 + (28 if call.samples else 0) + 4 * call.kept_logits
         cast = TILE_BYTES if shape.casts_head else 0
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
@@ -358,7 +376,7 @@ def _smaller_block(policy: Policy, fit: Callable[[Policy], bool]) -> Policy | No
         def make(size: int, number: int = number) -> Policy:
             return policy.replace(batch_size=size, num_batches=number)
 
-        candidate = _last(1, policy.batch_size, make, fit)
+        candidate = largest(1, policy.batch_size, make, fit)
         if candidate is not None and (best is None or candidate.block_size >= best.block_size):
             best = candidate
     return best
@@ -374,7 +392,7 @@ def _lower(policy: Policy, kind: str, fit: Callable[[Policy], bool]) -> Policy |
         def make(left: int, tier: Tier = tier, most: int = most) -> Policy:
             return policy.replace(**{kind: _shifted(placement, tier, (most - left) / 100)})
 
-        found = _last(0, most - first, make, fit)  # counted from the end: with more percent, more fits
+        found = largest(0, most - first, make, fit)  # counted from the end: with more percent, more fits
         if found is not None:
             return found
     return None
@@ -388,7 +406,7 @@ def _off_disk(policy: Policy, kind: str, fit: Callable[[Policy], bool]) -> Polic
         share = percent / 100
         return policy.replace(**{kind: Placement(device=placement.device, host=1 - placement.device - share)})
 
-    return _last(0, math.ceil(placement.share(Tier.DISK) * 100) - 1, make, fit)
+    return largest(0, math.ceil(placement.share(Tier.DISK) * 100) - 1, make, fit)
 
 
 def _down_to(tier: Tier) -> list[Tier]:
@@ -408,7 +426,7 @@ def _shifted(placement: Placement, tier: Tier, share: float) -> Placement:
     return Placement(device=shares[Tier.DEVICE], host=shares[Tier.HOST])
 
 
-def _last(first: int, last: int, make: Callable[[int], Policy], fit: Callable[[Policy], bool]) -> Policy | None:
+def largest(first: int, last: int, make: Callable[[int], _Asked], fit: Callable[[_Asked], bool]) -> _Asked | None:
     """What `make` makes of the largest number that fits, found by bisection; None if the first does not fit."""
     if first > last:
         return None

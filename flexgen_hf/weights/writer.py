@@ -22,6 +22,7 @@ from filelock import FileLock
 from ..errors import CapacityError, ConversionError, StoreError
 from ..planning.placement import assign
 from ..policy import Placement, Tier
+from ..storage.ledger import gib
 from .format import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -224,7 +225,7 @@ class _Job:
         free = shutil.disk_usage(self.out).free
         if needed > free + stale:
             raise CapacityError(
-                f"{self.out} needs {_gib(needed)} more but its disk has {_gib(free + stale)} free; "
+                f"{self.out} needs {gib(needed)} more but its disk has {gib(free + stale)} free; "
                 "free some space, or give another folder (the shards already written are kept)"
             )
 
@@ -325,7 +326,7 @@ class _disk_full:  # noqa: N801 (reads as the statement it is: `with _disk_full(
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self._out).free
             raise CapacityError(
-                f"the disk of {self._out} is full ({_gib(free)} free) while writing {self._what}; free some space and "
+                f"the disk of {self._out} is full ({gib(free)} free) while writing {self._what}; free some space and "
                 "run the same command again: finished shards are kept"
             ) from error
 
@@ -386,7 +387,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB ({count} bytes)"

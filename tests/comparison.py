@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.cache_utils import Cache
 
@@ -19,6 +20,7 @@ __all__ = [
     "THREE_TIERS",
     "load_ours",
     "load_plain",
+    "put",
     "ragged",
     "same_tokens",
     "same_values",
@@ -75,15 +77,25 @@ def load_ours(folder: Path, policy: Policy | str = THREE_TIERS, **options: Any) 
     return FlexGenForCausalLM.from_pretrained(folder, policy=policy, **options)
 
 
+def put(inputs: Any, device: torch.device | str) -> Any:
+    """`inputs` with all their tensors on a device, where a user has to put them."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+
+
 def same_tokens(reference: Any, ours: Any, mode: dict[str, Any], inputs: dict[str, Any], **settings: Any) -> Any:
-    """Asserts that both models generate the same tokens (with one seed, where they are drawn), and returns them."""
+    """Asserts that both models generate the same tokens (with one seed, where they are drawn), and returns them.
+
+    Each model gets its inputs on its own device, and is to return tokens there; those returned here are on the CPU.
+    """
     settings = {"max_new_tokens": 6, "pad_token_id": 1, **mode, **settings}
-    torch.manual_seed(5)
-    want = reference.generate(**inputs, **settings)
-    torch.manual_seed(5)
-    got = ours.generate(**inputs, **settings)
-    want_tokens, got_tokens = (getattr(out, "sequences", out) for out in (want, got))
-    assert torch.equal(want_tokens, got_tokens), f"\nwant {want_tokens.tolist()}\ngot  {got_tokens.tolist()}"
+    outputs = []
+    for model in (reference, ours):
+        torch.manual_seed(5)
+        tokens = model.generate(**put({**inputs, **settings}, model.device))
+        assert tokens.device == model.device
+        outputs.append(tokens.cpu())
+    want, got = outputs
+    assert torch.equal(want, got), f"\nwant {want.tolist()}\ngot  {got.tolist()}"
     return got
 
 
@@ -96,7 +108,7 @@ def same_values(want: Any, got: Any, where: str = "output") -> None:
         _same_cache(want, got, where)
     elif isinstance(want, torch.Tensor):
         assert want.shape == got.shape, f"{where}: {tuple(got.shape)} instead of {tuple(want.shape)}"
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda text: f"{where}: {text}")
+        torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-4, atol=1e-4, msg=lambda text: f"{where}: {text}")
     elif isinstance(want, Mapping):
         assert set(want) == set(got), where
         for key, value in want.items():
@@ -113,5 +125,5 @@ def _same_cache(want: Any, got: Any, where: str) -> None:
     assert want.get_seq_length() == got.get_seq_length(), where
     for layer, theirs in enumerate(want.layers):
         for what in ("keys", "values"):
-            parts = [getattr(child.layers[layer], what) for child in getattr(got, "children", [got])]
+            parts = [getattr(child.layers[layer], what).cpu() for child in getattr(got, "children", [got])]
             same_values(getattr(theirs, what), torch.cat(parts), f"{where}, {what} of layer {layer}")

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from flexgen_hf.bench import emulated
+
 from .checkpoints import opt_config
 from .comparison import load_plain, ragged, save_tiny
 
@@ -35,6 +37,14 @@ def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_opt(tiny_opt: Path) -> Any:
     """What transformers makes of `tiny_opt`."""
     return load_plain(tiny_opt)
+
+
+@pytest.fixture(scope="module", params=["cpu", "emulated:0"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where to compute: in host memory, and on a device whose tensors are apart from it."""
+    emulated.install()
+    emulated.configure()
+    return str(request.param)
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from flexgen_hf import CapacityError, FlexGenForCausalLM, Policy, UnsupportedModelError
+from flexgen_hf import CapacityError, Policy, UnsupportedModelError
 from flexgen_hf.bench import emulated
 
 from .checkpoints import opt_config, write_random_checkpoint
+from .comparison import BEAMS, GREEDY, SAMPLING, load_ours, load_plain, put, ragged, same_tokens, save_tiny
 
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[torch.device]:
-    """The device without limits; other tests of this process compute on the CPU all the same."""
-    made = emulated.install()
-    emulated.configure()
+    """The first of two devices, both without limits; other tests of this process compute on the CPU all the same."""
+    made = emulated.install(2)
+    for index in range(2):
+        emulated.configure(index=index)
     yield made
-    emulated.configure()
+    for index in range(2):
+        emulated.configure(index=index)
 
 
 @pytest.fixture(scope="module")
@@ -33,47 +36,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def prompts() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(3)
-    lengths = [3, 7, 5, 2, 9, 4, 6]
-    ids = torch.randint(3, 90, (len(lengths), max(lengths)), generator=generator)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, -length:] = 1
-    return {"input_ids": ids.where(mask.bool(), torch.ones_like(ids)), "attention_mask": mask}
-
-
-MODES: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "beams": {"do_sample": False, "num_beams": 3}}
+MODES = {"greedy": GREEDY, "beams": BEAMS}
 
 
 def load(folder: Path, tmp_path: Path, policy: Policy, **options: Any) -> Any:
-    return FlexGenForCausalLM.from_pretrained(
-        folder, policy=policy, offload_folder=tmp_path, device="emulated:0", **options
-    )
-
-
-PERCENTS = ["100 0 100 0 100 0", "0 100 0 100 0 100", "0 0 0 0 0 0", "30 30 30 30 30 30", "0 50 50 0 0 50"]
-
-
-@pytest.mark.parametrize(
-    ("percents", "overlap", "mode"), list(itertools.product(PERCENTS, [True, False], MODES)), ids=str
-)
-def test_the_same_tokens_as_transformers(folder: Path, tmp_path: Path, percents: str, overlap: bool, mode: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    plain: Any = AutoModelForCausalLM.from_pretrained(folder)
-    want = plain.generate(**prompts(), max_new_tokens=6, **MODES[mode])
-    policy = Policy.parse(percents, batch_size=2, num_batches=3, overlap=overlap)
-    with load(folder, tmp_path, policy) as model:
-        got = model.generate(**prompts(), max_new_tokens=6, **MODES[mode])
-    assert torch.equal(got.cpu(), want)
+    return load_ours(folder, policy, offload_folder=tmp_path, **{"device": "emulated:0", **options})
 
 
 def test_nothing_stays_on_the_device(folder: Path, tmp_path: Path) -> None:
     gc.collect()
     before = emulated.configure().used_bytes
     with load(folder, tmp_path, Policy.parse("50 50 50 50 50 50", batch_size=2, num_batches=4)) as model:
-        model.generate(**prompts(), max_new_tokens=4)
+        model.generate(**put(ragged(), model.device), max_new_tokens=4)
     del model
     gc.collect()
     assert emulated.configure().used_bytes == before
@@ -82,11 +56,13 @@ def test_nothing_stays_on_the_device(folder: Path, tmp_path: Path) -> None:
 def test_a_full_device_is_an_error_that_leaves_the_model_usable(folder: Path, tmp_path: Path) -> None:
     policy = Policy.parse("100 0 100 0 100 0", batch_size=7)
     with load(folder, tmp_path, policy) as model:
-        emulated.configure(capacity_bytes=emulated.configure().used_bytes + 1000)
+        inputs = put(ragged(), model.device)
+        # room for what generate keeps of the prompts, and none for their keys and values
+        emulated.configure(capacity_bytes=emulated.configure().used_bytes + 10_000)
         with pytest.raises(CapacityError, match="emulated device"):
-            model.generate(**prompts(), max_new_tokens=4)
+            model.generate(**inputs, max_new_tokens=4)
         emulated.configure()
-        assert model.generate(**prompts(), max_new_tokens=4).shape == (7, 13)
+        assert model.generate(**inputs, max_new_tokens=4).shape == (7, 13)
 
 
 def test_a_budget_is_refused_before_work_starts(folder: Path, tmp_path: Path) -> None:
@@ -97,9 +73,9 @@ def test_a_budget_is_refused_before_work_starts(folder: Path, tmp_path: Path) ->
 def test_streamed_weights_cross_the_link_once_per_sweep(folder: Path, tmp_path: Path) -> None:
     with load(folder, tmp_path, Policy.parse("0 100 100 0 100 0", batch_size=2, num_batches=4)) as model:
         counted = emulated.configure()
-        model.generate(**prompts(), max_new_tokens=1, min_new_tokens=1)
+        model.generate(**put(ragged(), model.device), max_new_tokens=1, min_new_tokens=1)
         once = model.last_run.to_dict()["lanes"]["host_to_device"]["bytes"]
-        model.generate(**prompts(), max_new_tokens=5, min_new_tokens=5)
+        model.generate(**put(ragged(), model.device), max_new_tokens=5, min_new_tokens=5)
         layers = model.last_run.to_dict()["lanes"]["host_to_device"]["bytes"] / 5
     streamed = model.last_run.to_dict()["placement"]["weights"]["host"]
     assert once == streamed  # the tied table too: the first sweep loads it
@@ -110,19 +86,18 @@ def test_streamed_weights_cross_the_link_once_per_sweep(folder: Path, tmp_path: 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_attention_on_the_host_gives_the_same_tokens(tmp_path: Path, kind: str, mode: str) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
 
     sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # grouped queries
     config = opt_config() if kind == "opt" else LlamaConfig(**sizes)
     write_random_checkpoint(tmp_path / kind, config, dtype=torch.float32)
-    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
-    want = plain.generate(**prompts(), max_new_tokens=6, **MODES[mode])
+    plain = load_plain(tmp_path / kind)
     counted = {}
     for attends in (True, False):
         policy = Policy.parse("100 0 0 70 100 0", batch_size=2, num_batches=3, host_attention=attends)
         with load(tmp_path / kind, tmp_path, policy) as model:
-            assert torch.equal(model.generate(**prompts(), max_new_tokens=6, **MODES[mode]).cpu(), want)
+            same_tokens(plain, model, MODES[mode], ragged())
             counted[attends] = model.last_run.to_dict()["lanes"]["host_to_device"]["bytes"]
     assert counted[True] < counted[False] / 2  # only cells on disk are moved to the device
 
@@ -137,8 +112,9 @@ def test_a_family_that_cannot_attend_on_the_host_is_refused_by_name(tmp_path: Pa
 
 
 def test_mixing_with_host_tensors_raises() -> None:
-    with pytest.raises(RuntimeError, match="meets device tensors"):
+    with pytest.raises(RuntimeError, match=r"a cpu tensor of shape \(3,\) meets tensors of emulated:0"):
         torch.ones(3, device="emulated:0") + torch.ones(3)
+    assert (torch.ones(3, device="emulated:0") + torch.tensor(1)).tolist() == [2, 2, 2]  # numbers may
 
 
 def test_capacity_follows_the_life_of_tensors() -> None:
@@ -172,5 +148,116 @@ def test_attention_takes_no_room_for_its_scores() -> None:
     expected = attend(query.cpu(), key.cpu(), value.cpu(), attn_mask=mask.cpu())
     torch.testing.assert_close(output.cpu(), expected)
     assert device.peak_bytes - held < tokens * tokens * 4  # one head's scores
-    with pytest.raises(RuntimeError, match="meets device tensors"):
+    with pytest.raises(RuntimeError, match="meets tensors of emulated:0"):
         attend(query, key.cpu(), value)
+
+
+# ----------------------------------------------------------------------------------------------------- several devices
+def use() -> list[int]:
+    """Bytes in use on each of two devices."""
+    gc.collect()
+    return [emulated.configure(index=index).used_bytes for index in range(2)]
+
+
+def test_each_device_has_its_own_memory() -> None:
+    before = use()
+    there = torch.zeros(500, device="emulated:1")
+    assert (there.device.index, (there + 1)[:2].device.index) == (1, 1)
+    assert use() == [before[0], before[1] + 2000]
+    emulated.configure(capacity_bytes=before[1] + 3000, index=1)
+    with pytest.raises(torch.OutOfMemoryError, match="emulated device 1: 2000 bytes asked for"):
+        torch.ones_like(there)
+    here = there.to("emulated:0")  # where there is room
+    assert (here.device.index, use()) == (0, [before[0] + 2000, before[1] + 2000])
+    assert torch.get_device_module("emulated").device_count() == torch.accelerator.device_count() == 2
+
+
+@pytest.mark.parametrize("shape", [(3,), ()])
+def test_mixing_devices_raises(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=r"aten::add: a emulated:1 tensor of shape .* meets tensors of emulated:0"):
+        torch.ones(3, device="emulated:0") + torch.ones(shape, device="emulated:1")
+    with pytest.raises(RuntimeError, match="meets tensors of emulated:0"):
+        torch.ones(3, device="emulated:0")[torch.zeros(1, dtype=torch.long, device="emulated:1")]
+
+
+def test_a_copy_from_device_to_device_takes_both_links() -> None:
+    devices = [
+        emulated.configure(to_device=20_000_000, to_host=5_000_000, index=0),
+        emulated.configure(to_device=10_000_000, to_host=20_000_000, index=1),
+    ]
+    source = torch.arange(125_000, device="emulated:0")
+    moved = source.to("emulated:1")
+    assert [(device.to_device.bytes, device.to_host.bytes) for device in devices] == [(0, 1_000_000), (1_000_000, 0)]
+    assert devices[0].to_host.busy_s >= 0.2
+    assert devices[1].to_device.busy_s >= 0.1
+    source.zero_()  # the two share no memory
+    source.copy_(moved)
+    assert [(device.to_device.bytes, device.to_host.bytes) for device in devices] == [(1_000_000,) * 2] * 2
+    assert torch.equal(source.cpu(), torch.arange(125_000))
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    for attempt in (lambda: torch.zeros(3, device="emulated:7"), lambda: torch.zeros(3).to("emulated:7")):
+        with pytest.raises(RuntimeError, match=r"emulated:7: there are \d emulated devices; call install\(8\) first"):
+            attempt()
+    assert emulated.install(1) == torch.device("emulated:0")  # takes no device away
+    assert torch.get_device_module("emulated").device_count() >= 2
+
+
+def test_a_model_on_the_second_device_leaves_the_first_alone(folder: Path, tmp_path: Path) -> None:
+    before, plain = use(), load_plain(folder)
+    first = emulated.configure()
+    for attends in (False, True):
+        policy = Policy.parse("30 30 30 40 30 30", batch_size=2, num_batches=2, host_attention=attends)
+        with load(folder, tmp_path, policy, device="emulated:1") as model:
+            for mode in (GREEDY, SAMPLING, BEAMS):
+                same_tokens(plain, model, mode, ragged())
+            assert model.device == torch.device("emulated:1")
+            assert emulated._devices[1].used_bytes > before[1]
+    assert (first.peak_bytes, first.to_device.bytes, first.to_host.bytes) == (before[0], 0, 0)
+
+
+def test_accelerate_spreads_a_model_over_two_devices(tmp_path: Path) -> None:
+    """What the emulation is worth: a program that knows nothing of it finds two devices."""
+    plain = load_plain(save_tiny(opt_config(num_hidden_layers=4), tmp_path / "opt"))
+    ends = ("model.decoder.embed_tokens", "model.decoder.embed_positions", "lm_head")
+    where = {**dict.fromkeys(ends, "emulated:0"), "model.decoder.final_layer_norm": "emulated:1"}
+    where |= {f"model.decoder.layers.{j}": f"emulated:{j // 2}" for j in range(4)}
+    before = use()
+    spread = load_plain(tmp_path / "opt", device_map=where)
+    held = [now - then for now, then in zip(use(), before, strict=True)]
+    layers = [sum(p.numel() * p.element_size() for p in plain.model.decoder.layers[j].parameters()) for j in (2, 3)]
+    assert sum(layers) <= held[1] < sum(layers) + 1000  # and a norm
+    for mode in (GREEDY, SAMPLING, BEAMS):
+        same_tokens(plain, spread, mode, ragged())
+
+
+# --------------------------------------------------------------------------------------- what torch asks of a tensor
+def test_tensors_that_an_operation_resizes() -> None:
+    assert torch.arange(5, device="emulated:1").tolist() == [0, 1, 2, 3, 4]
+    assert torch.eye(2, device="emulated:0").tolist() == [[1, 0], [0, 1]]
+    before = use()[0]
+    grown = torch.empty(0, device="emulated:0")
+    torch.add(torch.ones(100, device="emulated:0"), 1, out=grown)
+    assert (grown.shape, use()[0] - before) == ((100,), 400)
+
+
+def test_copies_text_and_numbers() -> None:
+    device = emulated.configure()
+    tensor = torch.tensor([1, 2], device="emulated:0")
+    copied = copy.deepcopy(tensor)
+    tensor += 1
+    assert (copied.tolist(), copied.device) == ([1, 2], tensor.device)
+    assert str(tensor) == "tensor([2, 3]) on emulated:0"
+    moved = device.to_host.bytes
+    assert f"{tensor[1]:03d}" == "003"
+    assert device.to_host.bytes == moved + 8
+
+
+def test_what_a_gpu_takes_and_the_cpu_does_not() -> None:
+    values = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device="emulated:0")
+    counts = torch.histc(values, bins=4, min=0, max=3)
+    assert (counts.tolist(), counts.dtype) == ([1, 0, 2, 1], torch.int32)
+    assert values[torch.tensor([3, 0])].tolist() == [3, 0]  # an index may come from the host
+    values[torch.tensor([1])] = 7
+    assert values.tolist() == [0, 7, 2, 3]

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from flexgen_hf import Policy
 from flexgen_hf.accounting import cache_geometry
 from flexgen_hf.architectures import TESTED
+from flexgen_hf.bench import emulated
 
 from .checkpoints import opt_config
 from .comparison import BEAMS, GREEDY, load_ours, load_plain, ragged, same_tokens, same_values, save_tiny
@@ -82,6 +83,12 @@ def test_the_tokens_of_transformers(checkpoint: Path) -> None:
         with torch.no_grad():
             same_values(plain(**prompts).logits, ours(**prompts).logits)
     assert len({tuple(row) for row in got[:, 9:].tolist()}) > 2  # the comparison could have failed
+
+
+def test_the_tokens_of_transformers_on_an_accelerator(checkpoint: Path) -> None:
+    """What a family computes aside (positions, biases, masks, windows) is to be where its weights are."""
+    with load_ours(checkpoint, device=emulated.install()) as ours:
+        same_tokens(load_plain(checkpoint), ours, GREEDY, ragged(), max_new_tokens=8)
 
 
 @pytest.mark.parametrize("percents", ["0 0 0 0 0 0", "0 100 0 100 0 100"])

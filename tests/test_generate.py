@@ -32,6 +32,7 @@ from .comparison import (
     THREE_TIERS,
     load_ours,
     load_plain,
+    put,
     ragged,
     same_tokens,
     same_values,
@@ -40,8 +41,8 @@ from .comparison import (
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_opt: Path) -> Iterator[Any]:
-    with load_ours(tiny_opt) as model:
+def ours(tiny_opt: Path, device: str) -> Iterator[Any]:
+    with load_ours(tiny_opt, device=device) as model:
         yield model
 
 
@@ -102,7 +103,7 @@ def test_beams_never_cross_micro_batches(ours: Any, prompts: dict[str, Any], mon
     """So reordering them is a matter of each cell alone."""
     crossed: list[torch.Tensor] = []
     monkeypatch.setattr(BlockCache, "_gather", lambda self, index, *_: crossed.append(index))
-    ours.generate(**prompts, **BEAMS, max_new_tokens=8)
+    ours.generate(**put(prompts, ours.device), **BEAMS, max_new_tokens=8)
     assert not crossed
 
 
@@ -112,8 +113,9 @@ class Forbid(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        scores[torch.arange(len(scores)), input_ids[:, -1]] = -float("inf")
-        scores[torch.arange(len(scores)), torch.arange(len(scores)) + 3] = -float("inf")
+        rows = torch.arange(len(scores), device=scores.device)
+        scores[rows, input_ids[:, -1]] = -float("inf")
+        scores[rows, rows + 3] = -float("inf")
         return scores
 
 
@@ -121,7 +123,7 @@ class StopRows(StoppingCriteria):
     """Stops each row at a length of its own."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.arange(len(input_ids)) + 11 <= input_ids.shape[1]
+        return torch.arange(len(input_ids), device=input_ids.device) + 11 <= input_ids.shape[1]
 
 
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLING, BEAMS], ids=["greedy", "sampling", "beams"])
@@ -191,7 +193,7 @@ def test_streamer(plain_opt: Any, ours: Any, tokenizer: Any) -> None:
     prompt = ragged([6])
     want = plain_opt.generate(**prompt, **GREEDY, max_new_tokens=8)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-    call = {**prompt, **GREEDY, "max_new_tokens": 8, "streamer": streamer}
+    call = {**put(prompt, ours.device), **GREEDY, "max_new_tokens": 8, "streamer": streamer}
     thread = threading.Thread(target=ours.generate, kwargs=call)
     thread.start()
     text = "".join(streamer)
@@ -206,7 +208,7 @@ def test_two_threads_take_turns(plain_opt: Any, ours: Any) -> None:
         wants[k] = plain_opt.generate(**ragged(lengths), **GREEDY, max_new_tokens=6)
 
         def run(k: int = k, lengths: list[int] = list(lengths)) -> None:  # noqa: B006
-            gots[k] = ours.generate(**ragged(lengths), **GREEDY, max_new_tokens=6)
+            gots[k] = ours.generate(**put(ragged(lengths), ours.device), **GREEDY, max_new_tokens=6).cpu()
 
         threads.append(threading.Thread(target=run))
     for thread in threads:
@@ -258,7 +260,7 @@ def ours_eager(tiny_opt: Path) -> Iterator[Any]:
 
 
 def test_the_report_of_the_last_run(ours: Any, prompts: dict[str, Any]) -> None:
-    ours.generate(**prompts, **GREEDY, max_new_tokens=4)
+    ours.generate(**put(prompts, ours.device), **GREEDY, max_new_tokens=4)
     report = ours.last_run
     assert report.generated_tokens == 7 * 4
     assert all(use.bytes > 0 for name, use in report.lanes.items() if name in ("disk_to_host", "host_to_disk"))
@@ -274,7 +276,8 @@ def test_assisted_decoding(plain_opt: Any, ours: Any, mode: dict[str, Any]) -> N
     want = plain_opt.generate(**prompt, **mode, assistant_model=plain_opt, max_new_tokens=12)
     for target, draft in ((ours, plain_opt), (plain_opt, ours), (ours, ours)):
         torch.manual_seed(5)
-        assert torch.equal(target.generate(**prompt, **mode, assistant_model=draft, max_new_tokens=12), want)
+        got = target.generate(**put(prompt, target.device), **mode, assistant_model=draft, max_new_tokens=12)
+        assert torch.equal(got.cpu(), want)
 
 
 def test_a_draft_that_is_often_wrong(plain_opt: Any, ours: Any, tmp_path: Path) -> None:
@@ -286,14 +289,14 @@ def test_a_draft_that_is_often_wrong(plain_opt: Any, ours: Any, tmp_path: Path) 
     want = plain_opt.generate(**ragged([6]), **GREEDY, max_new_tokens=12)
     for settings in ({}, {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}):
         draft.generation_config.update(**settings)
-        got = ours.generate(**ragged([6]), **GREEDY, assistant_model=draft, max_new_tokens=12)
-        assert torch.equal(got, want)
+        got = ours.generate(**put(ragged([6]), ours.device), **GREEDY, assistant_model=draft, max_new_tokens=12)
+        assert torch.equal(got.cpu(), want)
 
 
 def test_a_good_draft_saves_sweeps(plain_opt: Any, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = GenerationConfig(num_assistant_tokens=5, assistant_confidence_threshold=0.0)
     monkeypatch.setattr(plain_opt, "generation_config", eager)
-    ours.generate(**ragged([6]), **GREEDY, assistant_model=plain_opt, max_new_tokens=12)
+    ours.generate(**put(ragged([6]), ours.device), **GREEDY, assistant_model=plain_opt, max_new_tokens=12)
     assert len(ours.last_run.sweeps) <= 4
 
 
@@ -308,8 +311,8 @@ def test_prompt_lookup(plain_opt: Any, ours: Any) -> None:
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLING, BEAMS], ids=["greedy", "sampling", "beams"])
 def test_inputs_embeds(plain_opt: Any, ours: Any, prompts: dict[str, Any], mode: dict[str, Any]) -> None:
     embedded = plain_opt.get_input_embeddings()(prompts["input_ids"]).detach()
-    own = ours.get_input_embeddings()(prompts["input_ids"])
-    assert torch.equal(embedded, own)
+    own = ours.get_input_embeddings()(put(prompts["input_ids"], ours.device))
+    assert torch.equal(embedded, own.cpu())
     inputs = {"inputs_embeds": own, "attention_mask": prompts["attention_mask"]}
     same_tokens(plain_opt, ours, mode, inputs)
     same_tokens(plain_opt, ours, mode, {**prompts, **inputs})
@@ -327,21 +330,24 @@ def test_negative_prompts(plain_opt: Any, ours: Any, prompts: dict[str, Any]) ->
 
 def test_generation_config(plain_opt: Any, ours: Any, prompts: dict[str, Any]) -> None:
     config = GenerationConfig(num_beams=2, max_new_tokens=5, pad_token_id=1, do_sample=False)
-    want = plain_opt.generate(prompts["input_ids"], generation_config=config, attention_mask=prompts["attention_mask"])
-    got = ours.generate(prompts["input_ids"], generation_config=config, attention_mask=prompts["attention_mask"])
-    assert torch.equal(want, got)
+    want, got = (
+        model.generate(inputs["input_ids"], generation_config=config, attention_mask=inputs["attention_mask"])
+        for model, inputs in ((plain_opt, prompts), (ours, put(prompts, ours.device)))
+    )
+    assert torch.equal(want, got.cpu())
 
 
 def test_a_prompt_by_position_and_no_mask(plain_opt: Any, ours: Any) -> None:
     ids = ragged([5, 5, 5, 5, 5])["input_ids"]
     want = plain_opt.generate(ids, **GREEDY, max_new_tokens=5, pad_token_id=1)
-    assert torch.equal(ours.generate(ids, **GREEDY, max_new_tokens=5, pad_token_id=1), want)
-    assert torch.equal(ours.generate(inputs=ids, **GREEDY, max_new_tokens=5, pad_token_id=1), want)
+    ids = put(ids, ours.device)
+    assert torch.equal(ours.generate(ids, **GREEDY, max_new_tokens=5, pad_token_id=1).cpu(), want)
+    assert torch.equal(ours.generate(inputs=ids, **GREEDY, max_new_tokens=5, pad_token_id=1).cpu(), want)
 
 
 def test_no_prompt_at_all(plain_opt: Any, ours: Any) -> None:
     settings = {**GREEDY, "bos_token_id": 2, "max_new_tokens": 5}
-    assert torch.equal(ours.generate(**settings), plain_opt.generate(**settings))
+    assert torch.equal(ours.generate(**settings).cpu(), plain_opt.generate(**settings))
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -351,7 +357,7 @@ def test_continuing_from_a_returned_cache(plain_opt: Any, ours: Any, prompts: di
     wants: dict[str, Any] = {"cache": None}
     gots: dict[str, Any] = {"cache": None}
     for model, state in ((plain_opt, wants), (ours, gots)):
-        inputs = dict(prompts)
+        inputs = put(prompts, model.device)
         for _ in range(3):
             out = model.generate(**inputs, **settings, past_key_values=state["cache"])
             state["cache"], new = out.past_key_values, out.sequences.shape[1] - inputs["input_ids"].shape[1]
@@ -359,7 +365,7 @@ def test_continuing_from_a_returned_cache(plain_opt: Any, ours: Any, prompts: di
             inputs = {"input_ids": out.sequences, "attention_mask": mask}
         state["tokens"] = out.sequences
     assert isinstance(gots["cache"], BlockCache)
-    assert torch.equal(wants["tokens"], gots["tokens"])
+    assert torch.equal(wants["tokens"], gots["tokens"].cpu())
     same_values(wants["cache"], gots["cache"])
 
 
@@ -368,11 +374,12 @@ def test_continuing_with_further_text(plain_opt: Any, ours: Any, prompts: dict[s
     more = torch.arange(5, 5 + 21).view(7, 3)
     tokens = []
     for model in (plain_opt, ours):
-        first = model.generate(**prompts, **settings)
-        ids = torch.cat([first.sequences, more], 1)
-        mask = torch.nn.functional.pad(prompts["attention_mask"], (0, 6), value=1)
+        inputs = put(prompts, model.device)
+        first = model.generate(**inputs, **settings)
+        ids = torch.cat([first.sequences, more.to(model.device)], 1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
         second = model.generate(ids, attention_mask=mask, **settings, past_key_values=first.past_key_values)
-        tokens.append(second.sequences)
+        tokens.append(second.sequences.cpu())
     assert torch.equal(*tokens)
 
 
@@ -380,10 +387,12 @@ def test_beams_from_a_returned_cache(plain_opt: Any, ours: Any, prompts: dict[st
     """A cache of one row per prompt is repeated for its beams before use, as transformers' documentation shows."""
     tokens = []
     for model in (plain_opt, ours):
-        out = model(**{k: v[:, :-1] for k, v in prompts.items()}, use_cache=True)
+        inputs = put(prompts, model.device)
+        out = model(**{k: v[:, :-1] for k, v in inputs.items()}, use_cache=True)
         cache = out.past_key_values
         cache.batch_repeat_interleave(3)
-        tokens.append(model.generate(**prompts, **BEAMS, past_key_values=cache, max_new_tokens=5, pad_token_id=1))
+        got = model.generate(**inputs, **BEAMS, past_key_values=cache, max_new_tokens=5, pad_token_id=1)
+        tokens.append(got.cpu())
     assert torch.equal(*tokens)
 
 
@@ -394,7 +403,9 @@ def test_a_users_own_cache(plain_opt: Any, ours: Any, prompts: dict[str, Any], m
     tokens = []
     for model, cache in zip((plain_opt, ours), caches, strict=True):
         torch.manual_seed(5)
-        tokens.append(model.generate(**prompts, **mode, past_key_values=cache, max_new_tokens=5, pad_token_id=1))
+        inputs = put(prompts, model.device)
+        got = model.generate(**inputs, **mode, past_key_values=cache, max_new_tokens=5, pad_token_id=1)
+        tokens.append(got.cpu())
     assert torch.equal(*tokens)
     same_values(caches[0], caches[1])
 
@@ -425,13 +436,14 @@ def test_operations_on_a_filled_cache(plain_opt: Any, ours: Any, prompts: dict[s
     for operation in (crop, reorder, select, repeat, reset):
         logits = []
         for model in (plain_opt, ours):
-            cache = model(**prompts, use_cache=True).past_key_values
+            cache = model(**put(prompts, model.device), use_cache=True).past_key_values
             rows = operation(cache)
             known = cache.get_seq_length()
             ids, mask = prompts["input_ids"][rows], prompts["attention_mask"][rows]
             ids = torch.nn.functional.pad(ids, (0, 3), value=7)[:, known : known + 3]
             mask = torch.nn.functional.pad(mask, (0, 3), value=1)[:, : known + 3]
-            logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
+            inputs = put({"input_ids": ids, "attention_mask": mask}, model.device)
+            logits.append(model(**inputs, past_key_values=cache).logits)
         same_values(logits[0], logits[1], operation.__name__)
 
 
@@ -468,7 +480,7 @@ def test_blocks_of_different_length_are_padded_alike(tiny_opt: Path, plain_opt: 
 def test_forward_with_right_padding(plain_opt: Any, ours: Any) -> None:
     inputs = ragged(left=False)
     with torch.no_grad():
-        same_values(plain_opt(**inputs).logits, ours(**inputs).logits)
+        same_values(plain_opt(**inputs).logits, ours(**put(inputs, ours.device)).logits)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -490,16 +502,17 @@ def test_the_loss_is_that_of_all_rows_together(plain_opt: Any, ours: Any) -> Non
     inputs = ragged(left=False)
     labels = inputs["input_ids"].where(inputs["attention_mask"].bool(), torch.tensor(-100))
     with torch.no_grad():
-        want, got = plain_opt(**inputs, labels=labels), ours(**inputs, labels=labels)
-    assert abs(want.loss - got.loss) < 1e-5
+        inputs["labels"] = labels
+        want, got = plain_opt(**inputs), ours(**put(inputs, ours.device))
+    assert abs(want.loss - got.loss.cpu()) < 1e-5
     assert list(want) == list(got)
-    as_tuple = ours(**inputs, labels=labels, return_dict=False)
-    assert abs(want.loss - as_tuple[0]) < 1e-5
+    as_tuple = ours(**put(inputs, ours.device), return_dict=False)
+    assert abs(want.loss - as_tuple[0].cpu()) < 1e-5
 
 
 def test_several_micro_batches_and_tiers_were_at_work(ours: Any, prompts: dict[str, Any]) -> None:
     """What the tests of this file stand on."""
-    out = ours.generate(**prompts, **GREEDY, max_new_tokens=3, return_dict_in_generate=True)
+    out = ours.generate(**put(prompts, ours.device), **GREEDY, max_new_tokens=3, return_dict_in_generate=True)
     assert len(out.past_key_values.spans) == 4
     for kind in ("weights", "cache"):
         assert all(size > 0 for size in ours.last_run.placement[kind].values()), kind

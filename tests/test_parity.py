@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_hf import Placement, Policy, Tier
+from flexgen_hf.bench import emulated
 
 from .comparison import BEAMS, GREEDY, SAMPLING, load_ours, ragged, same_tokens
 
@@ -26,15 +27,16 @@ PLACEMENTS = [
     Placement(device=0.6, host=0.35),
 ]
 
-policies = st.builds(
-    Policy,
-    weights=st.sampled_from(PLACEMENTS),
-    cache=st.sampled_from(PLACEMENTS),
-    hidden=st.sampled_from(PLACEMENTS),
-    batch_size=st.integers(1, 4),
-    num_batches=st.integers(1, 3),
-    overlap=st.booleans(),
-)
+FIELDS: dict[str, Any] = {
+    "weights": st.sampled_from(PLACEMENTS),
+    "cache": st.sampled_from(PLACEMENTS),
+    "hidden": st.sampled_from(PLACEMENTS),
+    "batch_size": st.integers(1, 4),
+    "num_batches": st.integers(1, 3),
+    "overlap": st.booleans(),
+}
+policies = st.builds(Policy, **FIELDS)
+policies_of_an_accelerator = st.builds(Policy, **FIELDS, host_attention=st.booleans())
 
 batches = st.lists(st.integers(1, 12), min_size=1, max_size=9)
 
@@ -50,21 +52,33 @@ def test_any_policy_gives_the_tokens_of_transformers(
             same_tokens(plain_opt, ours, mode, ragged(lengths))
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(policy=policies_of_an_accelerator, lengths=batches, mode=st.sampled_from(list(MODES)))
+def test_any_policy_gives_the_tokens_of_transformers_on_an_accelerator(
+    tiny_opt: Path, plain_opt: Any, policy: Policy, lengths: list[int], mode: str
+) -> None:
+    """One mode for each policy: a device that is emulated takes its time."""
+    with load_ours(tiny_opt, policy, device=emulated.install()) as ours:
+        same_tokens(plain_opt, ours, MODES[mode], ragged(lengths))
+
+
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "one after the other"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_ragged_last_micro_batch_in_a_ragged_last_block(
-    tiny_opt: Path, plain_opt: Any, mode: str, overlap: bool
+    tiny_opt: Path, plain_opt: Any, device: str, mode: str, overlap: bool
 ) -> None:
     policy = Policy.parse("30 30 30 40 30 30", batch_size=2, num_batches=2, overlap=overlap)
-    with load_ours(tiny_opt, policy) as ours:
+    with load_ours(tiny_opt, policy, device=device) as ours:
         same_tokens(plain_opt, ours, MODES[mode], ragged())  # blocks of 4 and 3, the latter as 2 and 1
 
 
 @pytest.mark.parametrize("percents", ["100 0 100 0 100 0", "0 100 0 100 0 100", "0 0 0 0 0 0", "30 30 30 30 30 30"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_model_serves_one_call_after_the_other(tiny_opt: Path, plain_opt: Any, percents: str, mode: str) -> None:
+def test_a_model_serves_one_call_after_the_other(
+    tiny_opt: Path, plain_opt: Any, device: str, percents: str, mode: str
+) -> None:
     """Whatever a call leaves in slots, spill files and lanes, the next one is not to see it."""
-    with load_ours(tiny_opt, Policy.parse(percents, batch_size=3, num_batches=2)) as ours:
+    with load_ours(tiny_opt, Policy.parse(percents, batch_size=3, num_batches=2), device=device) as ours:
         for lengths in ([2, 9, 4], [12], [1, 1, 5, 3, 8, 2, 2, 6]):
             same_tokens(plain_opt, ours, MODES[mode], ragged(lengths), max_new_tokens=4)
 

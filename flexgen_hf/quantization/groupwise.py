@@ -326,7 +326,7 @@ def bounds(groups: Tensor, fmt: GroupFormat) -> tuple[Tensor, Tensor]:
     """
     smallest, largest = groups.amin(-1), groups.amax(-1)
     minimum = _round_down(smallest)
-    width = largest - minimum.float()
+    width = largest - minimum.float() + 0.0  # never -0
     scale = (width / fmt.top).to(GROUP_DTYPE)
     is_short = scale.float() * fmt.top < width
     # the bits of positive float16 numbers count them in order

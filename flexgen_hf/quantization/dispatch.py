@@ -1,0 +1,89 @@
+"""Which code quantizes: numba's kernels for tensors on the CPU, plain torch for all others; the results are the same.
+
+```python
+fmt = GroupFormat(bits=4, group_size=64)
+q = quantize(weight, fmt, name="model.layers.0.mlp.fc1.weight")
+dequantize(q, fmt, torch.bfloat16, threads=2)
+```
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import groupwise
+from .groupwise import GroupFormat, Quantized
+
+__all__ = ["dequantize", "has_kernels", "quantize"]
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import kernels
+    except ImportError:  # numba lags behind new releases of Python
+        return None
+    return kernels
+
+
+def has_kernels() -> bool:
+    """Whether there are kernels for the CPU."""
+    return _kernels() is not None
+
+
+def quantize(
+    x: Tensor,
+    fmt: GroupFormat,
+    name: str = "tensor",
+    out: Quantized | None = None,
+    threads: int = 1,
+) -> Quantized:
+    """Quantizes in groups along the last dimension.
+
+    Args:
+        x: floating point, at least one dimension; is worked on in float32.
+        fmt: width and group size.
+        name: what `x` is, for error messages.
+        out: where to put the result, as `groupwise.empty` makes it; a new one by default.
+        threads: of the kernels; plain torch has threads of its own.
+
+    Raises:
+        QuantizationError: see `groupwise.quantize`.
+    """
+    kernels = _kernels()
+    is_ready = out is None or all(part.is_contiguous() for part in (out.codes, out.scales, out.minima))
+    if kernels is not None and x.device.type == "cpu" and is_ready:
+        return kernels.quantize(x, fmt, name, out, threads)  # type: ignore[no-any-return]
+    return groupwise.quantize(x, fmt, name, out)
+
+
+def dequantize(
+    q: Quantized,
+    fmt: GroupFormat,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    threads: int = 1,
+) -> Tensor:
+    """The tensor that `q` stands for.
+
+    Args:
+        q: what `quantize` made with the same format.
+        fmt: width and group size.
+        dtype: of the result; that of `out` if it is given.
+        out: where to put the result, of `q.shape`; a new tensor by default.
+        threads: of the kernels; plain torch has threads of its own.
+
+    Raises:
+        QuantizationError: `q` is of another format, or `out` of another shape.
+    """
+    kernels = _kernels()
+    target = dtype if out is None else out.dtype
+    if kernels is not None and q.codes.device.type == "cpu" and target in _KERNEL_DTYPES:
+        return kernels.dequantize(q, fmt, dtype, out, threads)  # type: ignore[no-any-return]
+    return groupwise.dequantize(q, fmt, dtype, out)

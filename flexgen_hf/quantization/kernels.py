@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import groupwise
 from .groupwise import GroupFormat, Quantized, as_rows
+from .search import MARGIN, REFITS, SHRINKS
 
 __all__ = ["dequantize", "quantize"]
 
@@ -73,7 +74,7 @@ def _to_float32(value: Any) -> Any:
     return value
 
 
-@_inlined
+@_kernel
 def _to_half(value: Any) -> Any:
     """The bits of the float16 nearest to a float32, ties to even."""
     bits = np.float32(value).view(np.uint32)
@@ -135,7 +136,7 @@ def _unpack(packed: Any, bits: Any, codes: Any, third: Any) -> None:
         _unpack_quarters(packed, bits, codes, third)
 
 
-@_inlined
+@_kernel
 def _pack(codes: Any, bits: Any, packed: Any) -> None:
     """One code per byte as a group's bytes."""
     size = codes.shape[0]
@@ -169,7 +170,7 @@ def _dequantize_rows(scratch: Any, parts: Any, fmt: Any, out: Any, rows: Any, co
     packed, scales, minima = parts
     bits, size = fmt
     first, last = rows
-    codes, third, nbytes = scratch[:size], scratch[size:], size * bits // 8
+    codes, third, nbytes = scratch[:size], scratch[size : 2 * size], size * bits // 8
     for row in range(first, last):
         for group in range(scales.shape[1]):
             scale, minimum = _from_half(scales[row, group]), _from_half(minima[row, group])
@@ -236,10 +237,22 @@ def _bounds(smallest: Any, largest: Any, top: Any) -> Any:
     """The bits of scale and minimum of a group."""
     minimum = _half_below(smallest)
     width = np.float32(largest - _from_half(minimum)) + np.float32(0)  # never -0
-    scale = _to_half(width / np.float32(top))
-    if np.float32(_from_half(scale) * np.float32(top)) < width:
+    scale = _to_half(width / top)
+    if np.float32(_from_half(scale) * top) < width:
         scale = np.uint16(scale + 1)
     return scale, minimum
+
+
+@_inlined
+def _code(value: Any, divisor: Any, minimum: Any, top: Any) -> Any:
+    """The code of an element, plus 1.5 * 2**23, all float32.
+
+    Adding that rounds half to even and leaves the integer in the lowest bits.
+    """
+    steps = np.float32((value - minimum) / divisor)
+    steps = steps if steps > np.float32(0) else np.float32(0)
+    steps = steps if steps < top else top
+    return np.float32(steps + np.float32(12582912))
 
 
 @_inlined
@@ -248,9 +261,7 @@ def _encode(values: Any, scale: Any, minimum: Any, top: Any, codes: Any) -> None
     divisor = scale if scale > 0 else np.float32(1)
     length = values.shape[0]
     for i in range(length):
-        # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the lowest bits.
-        shifted = np.float32((values[i] - minimum) / divisor + np.float32(12582912))
-        codes[i] = min(np.int32(shifted.view(np.int32) - np.int32(0x4B400000)), top)
+        codes[i] = np.int32(_code(values[i], divisor, minimum, top).view(np.int32) - np.int32(0x4B400000))
     for i in range(length, codes.shape[0]):
         codes[i] = codes[length - 1]
 
@@ -259,7 +270,7 @@ def _encode(values: Any, scale: Any, minimum: Any, top: Any, codes: Any) -> None
 def _quantize_rows(scratch: Any, parts: Any, bits: int, size: int, x: Any, first: int, last: int) -> int:
     """Returns the first row that has an element out of range, where it stops, or -1."""
     packed, scales, minima = parts
-    codes, nbytes, top = scratch[:size], size * bits // 8, np.int32(2**bits - 1)
+    codes, nbytes, top = scratch[:size], size * bits // 8, np.float32(2**bits - 1)
     for row in range(first, last):
         for group in range(scales.shape[1]):
             values = x[row, group * size : (group + 1) * size]
@@ -267,6 +278,109 @@ def _quantize_rows(scratch: Any, parts: Any, bits: int, size: int, x: Any, first
             if not fits:
                 return row
             scale, minimum = _bounds(smallest, largest, top)
+            scales[row, group], minima[row, group] = scale, minimum
+            _encode(values, _from_half(scale), _from_half(minimum), top, codes)
+            _pack(codes, bits, packed[row, group * nbytes : (group + 1) * nbytes])
+    return -1
+
+
+@_kernel
+def _sum(terms: Any) -> Any:
+    """Sum of a multiple of eight numbers, in the order that `search` says."""
+    zero = np.float32(0)
+    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+    for i in range(0, terms.shape[0], 8):
+        s0, s1, s2, s3 = s0 + terms[i], s1 + terms[i + 1], s2 + terms[i + 2], s3 + terms[i + 3]
+        s4, s5, s6, s7 = s4 + terms[i + 4], s5 + terms[i + 5], s6 + terms[i + 6], s7 + terms[i + 7]
+    return np.float32(((((((s0 + s1) + s2) + s3) + s4) + s5) + s6) + s7)
+
+
+@_kernel
+def _error(values: Any, scale: Any, minimum: Any, top: Any, terms: Any) -> Any:
+    """Squared error of a group. `terms` is scratch of a group, zero behind the group's elements."""
+    divisor = scale if scale > 0 else np.float32(1)
+    for i in range(values.shape[0]):
+        code = np.float32(_code(values[i], divisor, minimum, top) - np.float32(12582912))
+        wrong = np.float32(np.float32(code * scale + minimum) - values[i])
+        terms[i] = wrong * wrong
+    return _sum(terms)
+
+
+@_inlined
+def _candidate(scale: Any, minimum: Any) -> Any:
+    """The bits of a scale and a minimum of float32, brought into range."""
+    limit = np.float32(65504)
+    scale_bits = _to_half(min(max(scale, -limit), limit))
+    minimum_bits = _to_half(min(max(minimum, -limit), limit))
+    return scale_bits, np.uint16(0) if minimum_bits == np.uint16(0x8000) else minimum_bits
+
+
+@_kernel
+def _fit(values: Any, mean: Any, state: Any, top: Any, terms: Any) -> Any:
+    """Scale and minimum, float32, that fit the codes under another scale and minimum best."""
+    scale, minimum = state
+    length = values.shape[0]
+    count, magic = np.float32(length), np.float32(12582912)
+    divisor = scale if scale > 0 else np.float32(1)
+    for i in range(length):
+        terms[i] = _code(values[i], divisor, minimum, top) - magic
+    mean_code = np.float32(_sum(terms) / count)
+    for i in range(length):
+        code = np.float32(np.float32(_code(values[i], divisor, minimum, top) - magic) - mean_code)
+        terms[i] = code * code
+    square = _sum(terms)
+    for i in range(length):
+        code = np.float32(np.float32(_code(values[i], divisor, minimum, top) - magic) - mean_code)
+        terms[i] = code * np.float32(values[i] - mean)
+    fitted = np.float32(_sum(terms) / (square if square > 0 else np.float32(1)))
+    fitted = fitted if fitted > 0 else np.float32(0)
+    return fitted, np.float32(mean - np.float32(fitted * mean_code))
+
+
+@_kernel
+def _mean(values: Any, terms: Any) -> Any:
+    for i in range(values.shape[0]):
+        terms[i] = values[i]
+    return np.float32(_sum(terms) / np.float32(values.shape[0]))
+
+
+@_inlined
+def _search(values: Any, ends: Any, top: Any, terms: Any) -> Any:
+    """The bits of the best scale and minimum of a group."""
+    lowest, highest = ends
+    best = _bounds(lowest, highest, top)
+    error = _error(values, _from_half(best[0]), _from_half(best[1]), top, terms)
+    middle, mean = np.float32((lowest + highest) * np.float32(0.5)), _mean(values, terms)
+    tries = len(SHRINKS) ** 2
+    for k in range(tries + REFITS):
+        if k < tries:
+            low = middle + np.float32((lowest - middle) * np.float32(SHRINKS[k // len(SHRINKS)]))
+            high = middle + np.float32((highest - middle) * np.float32(SHRINKS[k % len(SHRINKS)]))
+            scale, minimum = np.float32(np.float32(high - low) / top), np.float32(low)
+        else:
+            scale, minimum = _fit(values, mean, (_from_half(best[0]), _from_half(best[1])), top, terms)
+        candidate = _candidate(scale, minimum)
+        new_error = _error(values, _from_half(candidate[0]), _from_half(candidate[1]), top, terms)
+        if new_error < np.float32(error * np.float32(MARGIN)):
+            best, error = candidate, new_error
+    return best
+
+
+@_kernel
+def _search_rows(scratch: Any, parts: Any, bits: int, size: int, x: Any, first: int, last: int) -> int:
+    """As `_quantize_rows`."""
+    packed, scales, minima = parts
+    codes, nbytes, top = scratch[:size], size * bits // 8, np.float32(2**bits - 1)
+    terms = scratch[2 * size : 6 * size].view(np.float32)
+    for row in range(first, last):
+        for group in range(scales.shape[1]):
+            values = x[row, group * size : (group + 1) * size]
+            smallest, largest, fits = _range(values)
+            if not fits:
+                return row
+            for i in range(size):
+                terms[i] = 0
+            scale, minimum = _search(values, (smallest, largest), top, terms)
             scales[row, group], minima[row, group] = scale, minimum
             _encode(values, _from_half(scale), _from_half(minimum), top, codes)
             _pack(codes, bits, packed[row, group * nbytes : (group + 1) * nbytes])
@@ -306,14 +420,20 @@ def dequantize(
 
 
 def quantize(
-    x: Tensor, fmt: GroupFormat, name: str = "tensor", out: Quantized | None = None, threads: int = 1
+    x: Tensor,
+    fmt: GroupFormat,
+    name: str = "tensor",
+    method: str = "minmax",
+    out: Quantized | None = None,
+    threads: int = 1,
 ) -> Quantized:
-    """`groupwise.quantize` on the CPU.
+    """`groupwise.quantize` on the CPU, or with the method `"search"` that of `search`.
 
     Args:
         x: see there, as `fmt`, `name` and `out`. What is not float32 is cast in parts.
         fmt: width and group size.
         name: what `x` is, for error messages.
+        method: `"minmax"` or `"search"`.
         out: where to put the result; it must be contiguous.
         threads: among how many threads the rows are shared; the caller's is one of them.
 
@@ -326,7 +446,7 @@ def quantize(
     for start in range(0, len(rows), max(step, 1)):
         part = rows[start : start + step].float().contiguous()
         some = (parts[0][start : start + step], parts[1][start : start + step], parts[2][start : start + step])
-        bad_row = _share(_quantize_rows, some, fmt, part.numpy(), threads)
+        bad_row = _share(_search_rows if method == "search" else _quantize_rows, some, fmt, part.numpy(), threads)
         if bad_row >= 0:
             groupwise.check_range(part[bad_row : bad_row + 1], name, x.shape, start + bad_row)
     return out
@@ -350,8 +470,8 @@ def _share(kernel: _Kernel, parts: _Parts, fmt: GroupFormat, array: np.ndarray, 
     cuts = [count * k // threads for k in range(threads + 1)]
 
     def work(first: int, last: int) -> int:
-        # of a group: its codes, and the third bits of a width of 3
-        scratch = np.empty(fmt.group_size + fmt.group_size // 4, np.uint8)
+        # of a group: its codes; the third bits of a width of 3; a float32 for each element
+        scratch = np.empty(6 * fmt.group_size, np.uint8)
         return kernel(scratch, parts, fmt.bits, fmt.group_size, array, first, last)
 
     if threads == 1:

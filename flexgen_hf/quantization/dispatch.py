@@ -1,4 +1,4 @@
-"""Which code quantizes: numba's kernels for tensors on the CPU, plain torch for all others; the results are the same.
+"""Which code quantizes: kernels for the CPU and for CUDA, plain torch elsewhere; the results are the same.
 
 ```python
 fmt = GroupFormat(bits=4, group_size=64)
@@ -92,6 +92,12 @@ def dequantize(
     """
     kernels = _kernels()
     target = dtype if out is None else out.dtype
-    if kernels is not None and q.codes.device.type == "cpu" and target in _KERNEL_DTYPES:
-        return kernels.dequantize(q, fmt, dtype, out, threads)  # type: ignore[no-any-return]
+    if target in _KERNEL_DTYPES:
+        if kernels is not None and q.codes.device.type == "cpu":
+            return kernels.dequantize(q, fmt, dtype, out, threads)  # type: ignore[no-any-return]
+        if q.codes.device.type == "cuda":
+            from . import triton_kernels  # takes a while, and is not needed elsewhere
+
+            if triton_kernels.is_available():
+                return triton_kernels.dequantize(q, fmt, dtype, out)
     return groupwise.dequantize(q, fmt, dtype, out)

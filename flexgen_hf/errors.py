@@ -6,6 +6,7 @@ FlexGenError
 ├── CapacityError          a tier, a budget or a disk is too small for what was asked    (also a MemoryError)
 ├── StoreError             a store or checkpoint is missing, broken or of another format (also an OSError)
 ├── ConversionError        a checkpoint that cannot be turned into a store               (also a ValueError)
+├── QuantizationError      a tensor that cannot be quantized                             (also a ValueError)
 ├── UnsupportedModelError  a model or option that cannot be run by this engine           (also a NotImplementedError)
 └── StepError              a transfer or compute step failed; carries lane and step      (also a RuntimeError)
 ```
@@ -20,6 +21,7 @@ __all__ = [
     "ConversionError",
     "FlexGenError",
     "PolicyError",
+    "QuantizationError",
     "StepError",
     "StoreError",
     "UnsupportedModelError",
@@ -44,6 +46,10 @@ class StoreError(FlexGenError, OSError):
 
 class ConversionError(FlexGenError, ValueError):
     """A checkpoint that cannot be turned into a store."""
+
+
+class QuantizationError(FlexGenError, ValueError):
+    """A tensor that cannot be quantized, or that does not fit a quantized one."""
 
 
 class UnsupportedModelError(FlexGenError, NotImplementedError):

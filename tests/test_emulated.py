@@ -135,7 +135,7 @@ def test_a_link_takes_its_time() -> None:
     device = emulated.configure(to_device=10_000_000)
     torch.zeros(250_000).to("emulated:0")
     assert device.to_device.bytes == 1_000_000
-    assert device.to_device.busy_s >= 0.1
+    assert device.to_device.busy_s >= 0.0999
 
 
 def test_attention_takes_no_room_for_its_scores() -> None:
@@ -188,8 +188,8 @@ def test_a_copy_from_device_to_device_takes_both_links() -> None:
     source = torch.arange(125_000, device="emulated:0")
     moved = source.to("emulated:1")
     assert [(device.to_device.bytes, device.to_host.bytes) for device in devices] == [(0, 1_000_000), (1_000_000, 0)]
-    assert devices[0].to_host.busy_s >= 0.2
-    assert devices[1].to_device.busy_s >= 0.1
+    assert devices[0].to_host.busy_s >= 0.1999
+    assert devices[1].to_device.busy_s >= 0.0999
     source.zero_()  # the two share no memory
     source.copy_(moved)
     assert [(device.to_device.bytes, device.to_host.bytes) for device in devices] == [(1_000_000,) * 2] * 2

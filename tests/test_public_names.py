@@ -44,6 +44,7 @@ def test_the_package_offers_exactly_this():
         "Placement",
         "Policy",
         "PolicyError",
+        "QuantizationError",
         "RunReport",
         "StepError",
         "StoreError",

@@ -13,9 +13,9 @@ that: its cache is far too large beside its weights. These are Llamas with as ma
 | OPT-30B | 60.0 GB | 48 | 0.0125 | 0.0120 |
 | opt-30b-like | 1.223 GB | 48 | 0.0109 | 0.0120 |
 | OPT-175B | 349 GB | 96 | 0.0073 | 0.0035 |
-| opt-175b-like | 0.606 GB | 96 | 0.0083 | 0.0035 |
+| opt-175b-like | 1.364 GB | 96 | 0.0074 | 0.0035 |
 
-What does not scale: hidden states, and all else that a layer computes, are 7 and 24 times as large beside the
+What does not scale: hidden states, and all else that a layer computes, are 7 and 16 times as large beside the
 weights as in the original.
 """
 
@@ -100,7 +100,7 @@ SHAPES: Mapping[str, Shape] = {
     "opt-66b": Shape(64, 9216, 72),
     "opt-175b": Shape(96, 12288, 96),
     "opt-30b-like": _like(48, hidden=1024, heads=8, head_dim=128, intermediate_size=3328, vocab_size=7168),
-    "opt-175b-like": _like(96, hidden=512, heads=16, head_dim=24, intermediate_size=1776, vocab_size=2072),
+    "opt-175b-like": _like(96, hidden=768, heads=16, head_dim=48, intermediate_size=2528, vocab_size=3112),
 }
 
 # goes into the names of cached checkpoints: raise it when the same configuration gives other bytes

@@ -35,6 +35,11 @@ _SMALL_BYTES = 256 << 10
 # Large enough for the full speed of disks and links, small enough that a cell does not wait long behind one.
 _PIECE_BYTES = 8 << 20
 
+# What compute sends over a link while it attends on the host stands in line behind pieces: each is a small part of
+# a layer, but not so small that requests cost more than what they move.
+_PIECES_OF_A_LAYER = 64
+_SMALLEST_PIECE_BYTES = 256 << 10
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
@@ -164,6 +169,7 @@ class WeightStore:
         self._resident_bytes = self._disk_bytes = 0  # as the account has them
         #: how often each tensor was cast to the dtype of compute
         self.casts: collections.Counter[str] = collections.Counter()
+        self._piece_bytes = self._size_of_pieces(num_stages)
         self._stages = [_Stage() for _ in range(num_stages)]
         for stage, members in enumerate(self._by_stage(num_stages)):
             self._stages[stage] = self._lay_out(members)
@@ -327,14 +333,22 @@ class WeightStore:
             plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
             moved = []
         else:
-            plan.pieces, moved = _cut([(tensor, None) for tensor in _in_file_order(disk)]), disk
+            ordered = [(tensor, None) for tensor in _in_file_order(disk)]
+            plan.pieces, moved = _cut(ordered, self._piece_bytes), disk
         at = 0
         for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t))):
             plan.pushed[tensor.name] = (tensor, at)
             at += round_up(tensor.device_bytes, 64)
         plan.device_bytes = at
-        plan.pieces += _cut([(t, at) for t, at in plan.host if t.name in plan.pushed])
+        plan.pieces += _cut([(t, at) for t, at in plan.host if t.name in plan.pushed], self._piece_bytes)
         return plan
+
+    def _size_of_pieces(self, num_stages: int) -> int:
+        if self._space.is_direct:
+            return _PIECE_BYTES
+        layers = self._by_stage(num_stages)[1:-1]
+        part = max((sum(t.stored_bytes for t in layer) for layer in layers), default=0) // _PIECES_OF_A_LAYER
+        return min(_PIECE_BYTES, max(_SMALLEST_PIECE_BYTES, round_up(part)))
 
     def _is_pushed(self, tensor: StoredTensor) -> bool:
         """Whether a tensor cannot be used where it was read."""
@@ -405,22 +419,23 @@ def _parts(run: _Run) -> Iterator[_Run]:
         done += size
 
 
-def _cut(tensors: Sequence[tuple[StoredTensor, int | None]]) -> list[_Piece]:
-    """Cuts tensors into pieces of about `_PIECE_BYTES`, between elements; short tensors share one.
+def _cut(tensors: Sequence[tuple[StoredTensor, int | None]], nbytes: int) -> list[_Piece]:
+    """Cuts tensors into pieces, between elements; short tensors share one.
 
     Args:
         tensors: each with where it is in the host arena, or None if it is read from its file through staging.
+        nbytes: about how large a piece is to be.
     """
     pieces: list[_Piece] = []
-    filled = _PIECE_BYTES
+    filled = nbytes
     for tensor, held_at in tensors:
         size, total = tensor.stored_dtype.itemsize, tensor.stored_bytes // tensor.stored_dtype.itemsize
         first = 0
         while first < total:
-            room = (_PIECE_BYTES - filled) // size
+            room = (nbytes - filled) // size
             if room <= 0:
                 pieces.append(_Piece())
-                filled, room = 0, _PIECE_BYTES // size
+                filled, room = 0, nbytes // size
             piece, count = pieces[-1], min(room, total - first)
             if held_at is None:
                 at = _add_run(piece.runs, tensor.extent.file, tensor.extent.offset + first * size, count * size)

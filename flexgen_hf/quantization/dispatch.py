@@ -1,0 +1,103 @@
+"""Which code quantizes: kernels for the CPU and for CUDA, plain torch elsewhere; the results are the same.
+
+```python
+fmt = GroupFormat(bits=4, group_size=64)
+q = quantize(weight, fmt, name="model.layers.0.mlp.fc1.weight")
+dequantize(q, fmt, torch.bfloat16, threads=2)
+```
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from . import groupwise, search
+from .groupwise import GroupFormat, Quantized
+
+__all__ = ["dequantize", "has_kernels", "quantize"]
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import kernels
+    except ImportError:  # numba lags behind new releases of Python
+        return None
+    return kernels
+
+
+def has_kernels() -> bool:
+    """Whether there are kernels for the CPU, about four times as fast as plain torch."""
+    return _kernels() is not None
+
+
+def quantize(
+    x: Tensor,
+    fmt: GroupFormat,
+    name: str = "tensor",
+    method: Literal["minmax", "search"] = "minmax",
+    out: Quantized | None = None,
+    threads: int = 1,
+) -> Quantized:
+    """Quantizes in groups along the last dimension.
+
+    Args:
+        x: floating point, at least one dimension; is worked on in float32.
+        fmt: width and group size.
+        name: what `x` is, for error messages.
+        method: `"minmax"`, of which kernels make short work, for what is quantized on the way; `"search"` (see there)
+            for what is quantized once and used often.
+        out: where to put the result, as `groupwise.empty` makes it; a new one by default.
+        threads: of the kernels; plain torch has threads of its own.
+
+    Raises:
+        QuantizationError: see `groupwise.quantize`.
+        PolicyError: no such method.
+    """
+    if method not in ("minmax", "search"):
+        raise PolicyError(f"group quantization: method={method!r} does not exist; use 'minmax' or 'search'")
+    kernels = _kernels()
+    is_ready = out is None or all(part.is_contiguous() for part in (out.codes, out.scales, out.minima))
+    if kernels is not None and x.device.type == "cpu" and is_ready:
+        return kernels.quantize(x, fmt, name, method, out, threads)  # type: ignore[no-any-return]
+    return search.quantize(x, fmt, name, out) if method == "search" else groupwise.quantize(x, fmt, name, out)
+
+
+def dequantize(
+    q: Quantized,
+    fmt: GroupFormat,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    threads: int = 1,
+) -> Tensor:
+    """The tensor that `q` stands for.
+
+    Args:
+        q: what `quantize` made with the same format.
+        fmt: width and group size.
+        dtype: of the result; that of `out` if it is given.
+        out: where to put the result, of `q.shape`; a new tensor by default.
+        threads: of the kernels; plain torch has threads of its own.
+
+    Raises:
+        QuantizationError: `q` is of another format, or `out` of another shape.
+    """
+    kernels = _kernels()
+    target = dtype if out is None else out.dtype
+    if target in _KERNEL_DTYPES:
+        if kernels is not None and q.codes.device.type == "cpu":
+            return kernels.dequantize(q, fmt, dtype, out, threads)  # type: ignore[no-any-return]
+        if q.codes.device.type == "cuda":
+            from . import triton_kernels  # takes a while, and is not needed elsewhere
+
+            if triton_kernels.is_available():
+                return triton_kernels.dequantize(q, fmt, dtype, out)
+    return groupwise.dequantize(q, fmt, dtype, out)

@@ -1,0 +1,35 @@
+"""The Triton kernel does what plain torch does, bit for bit: on an accelerator, or run by Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from flexgen_hf.quantization import dispatch, groupwise, triton_kernels
+
+from .groups import dtypes, formats, tensors
+
+if not triton_kernels.is_available():
+    pytest.skip("needs triton, of torch's builds for accelerators", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("without an accelerator, needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
+# where there is an accelerator, by the way that users take
+dequantize = dispatch.dequantize if DEVICE == "cuda" else triton_kernels.dequantize
+
+
+@settings(max_examples=60)
+@given(tensors(), formats, dtypes)
+def test_dequantizing_is_as_specified(x, fmt, dtype):
+    q = groupwise.quantize(x.to(DEVICE), fmt)
+    expected, made = groupwise.dequantize(q, fmt, dtype), dequantize(q, fmt, dtype)
+    assert torch.equal(made.cpu().view(torch.uint8), expected.cpu().view(torch.uint8))
+
+
+def test_memory_in_another_order_is_written_too():
+    fmt = groupwise.GroupFormat()
+    q = groupwise.quantize(torch.randn(3, 5, 70, device=DEVICE), fmt)
+    out = torch.empty(70, 5, 3, device=DEVICE).permute(2, 1, 0)
+    assert dequantize(q, fmt, out=out) is out
+    assert torch.equal(out, groupwise.dequantize(q, fmt))

@@ -57,10 +57,10 @@ class Structure:
         return len(self.layers) + 1
 
     @property
-    def forgets_embeddings(self) -> bool:
-        """Whether the model's code looks at what its embeddings returned no more once the first layer has run.
+    def reads_once(self) -> bool:
+        """Whether the model's code reads what embeddings and last layer return once, right after it got it.
 
-        Known of the tested families only: what is forgotten reads as NaN, so their tests would show it.
+        Known of the tested families only: what is used up reads as NaN, so their tests would show it.
         """
         config: Any = self.model.config
         return is_tested(config.model_type)

@@ -50,7 +50,7 @@ class _Row(greenlet.greenlet):
         super().__init__(run)
         self.batch = batch
         self.at = 0  # the stage it is suspended before; 0 before it started
-        self.embedded: list[torch.Tensor] = []  # what embeddings returned, held by the model's own frame
+        self.held: list[torch.Tensor] = []  # what the model's own frame goes on naming, though it is used up
         self.head_input: torch.Tensor | None = None
         self.head_output: torch.Tensor | None = None
         self.result: Any = None
@@ -104,7 +104,7 @@ class Executor:
         self._cache: BlockCache | None = None  # held as long as lanes may write to it
         self._uses: dict[str, LaneUse] = {}
         self._embedding_dtype: torch.dtype | None = None
-        self._forgets = False  # what embeddings return is dropped after the first layer
+        self._forgets = False  # what a prompt's embeddings and last layer return is dropped once it is used up
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
         self._parameters = ParameterTable(model)
         self._tiles = TileCast()
@@ -248,8 +248,8 @@ class Executor:
                 cache.settle = self.settle
                 cache.prepare_sweep()
             hidden = self._hidden_states(len(bodies), keep_hidden)
-            # A prompt's embeddings of all micro-batches would stay on the device until the last layer.
-            self._forgets = self.structure.forgets_embeddings and len(bodies) > 1 and tokens > 1 and not keep_hidden
+            # Of all micro-batches, embeddings would stay on the device until the last layer, its output until the head.
+            self._forgets = self.structure.reads_once and len(bodies) > 1 and tokens > 1 and not keep_hidden
             coroutines = [_Row(body, batch) for batch, body in enumerate(bodies)]
             try:
                 # Nothing is loaded ahead for a sweep that will not come: the cache is as long as it was meant to get.
@@ -424,9 +424,9 @@ class Executor:
             embedding.__dict__["flexgen_forward"] = embedding.forward
             embedding.__dict__["forward"] = functools.partial(self._enter_embedding, embedding)
         for _, module in self.structure.outer_modules():
-            if isinstance(module, nn.Embedding) and module is not embedding:  # of positions
+            if module is not embedding and module is not head:  # of positions, norms
                 module.__dict__["flexgen_forward"] = module.forward
-                module.__dict__["forward"] = functools.partial(self._enter_positions, module)
+                module.__dict__["forward"] = functools.partial(self._enter_outer, module)
         if head is not None and head is not embedding:
             head.__dict__["flexgen_forward"] = head.forward
             head.__dict__["forward"] = functools.partial(self._enter_head, head)
@@ -439,17 +439,17 @@ class Executor:
         args, kwargs = hidden.restore(coroutine.batch, args, kwargs)
         output = layer.flexgen_forward(*args, **kwargs)
         if stage == 1:
-            self._forget_embeddings(coroutine, output)
+            self._forget(coroutine, output[0] if isinstance(output, (tuple, list)) else output)
         if stage == self.structure.head_stage - 1:
+            coroutine.held.append(output[0] if isinstance(output, (tuple, list)) else output)
             return output
         return hidden.park(coroutine.batch, output)
 
-    def _forget_embeddings(self, coroutine: _Row, output: Any) -> None:
-        """Frees what embeddings returned, which the model's frame goes on naming; whoever reads it reads NaN."""
-        embedded, coroutine.embedded = coroutine.embedded, []
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
-        for tensor in embedded if self._forgets else ():
-            if tensor.data_ptr() != hidden.data_ptr():
+    def _forget(self, coroutine: _Row, needed: torch.Tensor) -> None:
+        """Frees what is used up and the model's frame goes on naming, but for `needed`; whoever reads it reads NaN."""
+        held, coroutine.held = coroutine.held, []
+        for tensor in held if self._forgets else ():
+            if tensor.data_ptr() != needed.data_ptr():
                 tensor.set_(tensor.new_full((), math.nan).expand(tensor.shape))  # type: ignore[call-overload]
 
     def _multiply(self, name: str, linear: Any, x: torch.Tensor) -> torch.Tensor:
@@ -462,16 +462,25 @@ class Executor:
         if coroutine.at != self.structure.head_stage:
             is_plain = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
             coroutine.head_input = args[0] if is_plain else None
+            if is_plain and self._forgets:
+                self._keep_alone(coroutine, args[0])
             coroutine.suspend(self.structure.head_stage)
             if coroutine.head_output is not None:
                 return coroutine.head_output
         return head.flexgen_forward(*args, **kwargs)
 
+    def _keep_alone(self, coroutine: _Row, head_input: torch.Tensor) -> None:
+        """Has the head's input, the last token's part of what the last layer returned, be all that is left of it."""
+        if all(head_input.numel() < tensor.numel() for tensor in coroutine.held):
+            kept = head_input.clone()
+            self._forget(coroutine, kept)
+            head_input.set_(kept)  # type: ignore[call-overload]
+
     def _enter_embedding(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
         current = greenlet.getcurrent()
         if isinstance(current, _Row):
             embedded = self._embed(embedding, *args, **kwargs)
-            current.embedded.append(embedded)
+            current.held.append(embedded)
             return embedded
         # Callers may embed tokens themselves, to pass inputs_embeds.
         with self.session():
@@ -486,12 +495,12 @@ class Executor:
             finally:
                 self._uninstall(0)
 
-    def _enter_positions(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
-        embedded = embedding.flexgen_forward(*args, **kwargs)
+    def _enter_outer(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        output = module.flexgen_forward(*args, **kwargs)
         current = greenlet.getcurrent()
-        if isinstance(current, _Row):
-            current.embedded.append(embedded)
-        return embedded
+        if isinstance(current, _Row) and isinstance(output, torch.Tensor):
+            current.held.append(output)
+        return output
 
     def _embed(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
         output = embedding.flexgen_forward(*args, **kwargs)

@@ -351,7 +351,7 @@ def _demand(
     )
     is_plain = model.config._attn_implementation == "sdpa" and attention.why_not_supported(model) is None
     return Demand(
-        dataclasses.replace(shape, makes_masks_late=is_plain, forgets_embeddings=structure.forgets_embeddings),
+        dataclasses.replace(shape, makes_masks_late=is_plain, reads_once=structure.reads_once),
         functools.lru_cache(maxsize=64)(lambda placement: place(placement).needs),
         direct=space.is_direct,
         pinned=space.is_asynchronous,

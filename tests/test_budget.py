@@ -412,7 +412,7 @@ def test_a_forward_that_does_not_fit_is_refused_with_a_way_out(checkpoint: Path,
     """Nothing is computed and nothing stays; every way that the message names works."""
     prompts = batch(16, 30)
     arguments = FORWARDS[name](prompts)
-    policy, budget = Policy(weights=DISK, batch_size=4, num_batches=4), {"cpu": 800_000}
+    policy, budget = Policy(weights=DISK, batch_size=4, num_batches=4), {"cpu": 740_000}
     with load(checkpoint, offload, policy, max_memory=budget) as model:
         before = held(model)
         for _ in range(2):
@@ -431,8 +431,8 @@ def test_a_forward_that_does_not_fit_is_refused_with_a_way_out(checkpoint: Path,
             model(**more, **FORWARDS[name](more))
         settings = dict(re.findall(r"(logits_to_keep|use_cache)=(1|False)", str(ways)))
         if model._executor.space.is_direct:
-            assert ("use_cache" in settings) == (name == "last logits")
-            assert ("logits_to_keep" in settings) == (name == "no cache")
+            assert "use_cache" in settings or name != "last logits"
+            assert "logits_to_keep" in settings or name != "no cache"
         if settings:
             model(**prompts, **arguments, **{key: json.loads(value.lower()) for key, value in settings.items()})
         assert held(model) == before

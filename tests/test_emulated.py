@@ -13,6 +13,7 @@ import torch
 
 from flexgen_hf import CapacityError, Policy, UnsupportedModelError
 from flexgen_hf.bench import emulated
+from flexgen_hf.executor import Executor
 
 from .checkpoints import opt_config, write_random_checkpoint
 from .comparison import BEAMS, GREEDY, SAMPLING, load_ours, load_plain, put, ragged, same_tokens, save_tiny
@@ -68,6 +69,34 @@ def test_a_full_device_is_an_error_that_leaves_the_model_usable(folder: Path, tm
 def test_a_budget_is_refused_before_work_starts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="raise max_memory"):
         load(folder, tmp_path, Policy.parse("100 0 100 0 100 0"), max_memory={0: 1000})
+
+
+def test_embeddings_and_masks_of_a_prompt_do_not_pile_up(folder: Path, tmp_path: Path) -> None:
+    """The models' own code names them until the last layer, those of every micro-batch."""
+    tokens, peaks = 32, {}
+    with load(folder, tmp_path, Policy.parse("0 100 0 100 0 100", batch_size=1, num_batches=24)) as model:
+        embedding = tokens * model.config.hidden_size * 4
+        for rows in (12, 24):
+            ids = torch.randint(3, 90, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+            mask = torch.ones_like(ids)
+            mask[1:, :5] = 0
+            device = emulated.configure()
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, min_new_tokens=1)
+            peaks[rows] = device.peak_bytes
+    assert peaks[24] - peaks[12] < 12 * embedding
+
+
+def test_a_family_that_is_not_tested_keeps_what_it_may_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[bool] = []
+    monkeypatch.setattr(Executor, "_forget", lambda self, *_: forgotten.append(self._forgets))
+    for is_tested in (True, False):
+        monkeypatch.setattr("flexgen_hf.architectures.is_tested", lambda _, answer=is_tested: answer)
+        with load(folder, tmp_path, Policy.parse("0 100 0 100 0 100", batch_size=4, num_batches=2)) as model:
+            model.generate(**put(ragged(), model.device), max_new_tokens=1, min_new_tokens=1)
+        assert set(forgotten) == {is_tested}
+        forgotten.clear()
 
 
 def test_streamed_weights_cross_the_link_once_per_sweep(folder: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def draw(dice: random.Random) -> Policy:
         batch_size=dice.randint(1, 3),
         num_batches=dice.randint(1, 4),
         overlap=dice.random() < 0.75,
+        layer_slots=dice.randint(1, 2),
     )
 
 

@@ -34,6 +34,7 @@ FIELDS: dict[str, Any] = {
     "batch_size": st.integers(1, 4),
     "num_batches": st.integers(1, 3),
     "overlap": st.booleans(),
+    "layer_slots": st.integers(1, 3),
 }
 policies = st.builds(Policy, **FIELDS)
 policies_of_an_accelerator = st.builds(Policy, **FIELDS, host_attention=st.booleans())

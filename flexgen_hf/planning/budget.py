@@ -91,7 +91,8 @@ class ModelShape:
         kept_itemsize: bytes of an element of a cell at home.
         casts_head: the head's table is kept in another dtype than that of compute, and cast tile by tile.
         makes_masks_late: with several micro-batches, masks are made where a layer attends.
-        forgets_embeddings: with several micro-batches, embeddings are dropped after the first layer.
+        reads_once: with several micro-batches, embeddings are dropped after the first layer, and of what the last one
+            returned all but the head's input.
     """
 
     num_layers: int
@@ -105,7 +106,7 @@ class ModelShape:
     kept_itemsize: int
     casts_head: bool = False
     makes_masks_late: bool = False
-    forgets_embeddings: bool = False
+    reads_once: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +207,10 @@ class Demand:
         further token whose logits are returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their
         logarithms); and the tile of the head's table that is being cast.
 
-        Measured on a CPU in 48 runs (an OPT and a Llama of hidden size 512; float32, bfloat16 and float16; greedy,
-        beams, sampling, eager), both together were 0.9 to 2.4 times what the process really took beyond the rest, where
-        freed memory goes back to the system (`loading` sees to that); in float32 at least 1.03 times. The three runs
-        below 1, all in float16, lacked 3 MB at most.
+        Measured on a CPU in 48 runs with all of that held (an OPT and a Llama of hidden size 512; float32, bfloat16 and
+        float16; greedy, beams, sampling, eager), both together were 0.9 to 2.4 times what the process really took
+        beyond the rest, where freed memory goes back to the system (`loading` sees to that); in float32 at least 1.03
+        times. The three runs below 1, all in float16, lacked 3 MB at most.
 
         Args:
             policy: placements and block shape.
@@ -296,7 +297,7 @@ class Demand:
         several = len(batches) > 1
         parts = 2 if several else 1  # those of the micro-batches, and what they are put together to
         states = parts * (shape.num_layers + 1) if call.keeps_hidden else min(1.0, near + (parked if near < 1 else 0))
-        embedded = at_once if several and shape.forgets_embeddings and not call.keeps_hidden else rows
+        embedded = at_once if several and shape.reads_once and not call.keeps_hidden else rows
         masked = at_once if several and shape.makes_masks_late and policy.num_batches > 1 and not call.eager else rows
         held = tokens * shape.hidden_size * size * (2 * embedded + rows * states)
         if call.keeps_attention:

@@ -290,13 +290,17 @@ class Executor:
             following = dataclasses.replace(traffic, fresh_cache=False)
             if is_kept:  # the table that embedding and head share stays in its slot
                 following = dataclasses.replace(following, weights=((), *traffic.weights[1:]))
-        work: list[Step] = []
+        # Rings bound how far ahead loads can be; to list more than that ahead would only take memory.
+        ahead = (self.space.rings.layers + 1) * traffic.num_batches
+        work: collections.deque[Step] = collections.deque()
         for step in self._schedule.steps(traffic, following):
             if step.id.lane is Lane.COMPUTE:
                 self._tickets[step.id] = Ticket(step.id)
                 work.append(step)
             else:
                 self._submit(step, cache, hidden)
+            if len(work) > ahead:
+                self._compute(work.popleft(), coroutines, cache)
         if is_kept and not self._outer_loaded:
             self._outer_loaded = True
             self._weight_slots[-1, 0] = self._weight_slots[sweep, 0]

@@ -8,13 +8,10 @@ model our class and an executor. One of the two files that touch transformers' l
 from __future__ import annotations
 
 import collections
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
@@ -43,6 +40,7 @@ from .modeling import attach
 from .planning.budget import Call, Demand, Limit, alternatives, difference, fits, rings_of, totals
 from .planning.placement import assign
 from .policy import Compression, Placement, Policy, Tier
+from .storage.buffers import return_freed_memory
 from .storage.files import check_offload_folder
 from .storage.ledger import Ledger
 from .storage.workspace import EMULATED, Workspace
@@ -58,12 +56,6 @@ logger = logging.getLogger(__name__)
 
 # Of memory that nobody limited, this part is planned with: what is free now may be less in a moment.
 _PART_OF_FREE_MEMORY = 0.85
-
-# Freed blocks of more than this go back to the system; smaller ones cost more time than room.
-_KEPT_BYTES = 1 << 20
-
-# from <malloc.h>
-_M_MMAP_THRESHOLD = -3
 
 # Without a policy, room is kept for prompts and answers of so many tokens together.
 _PLANNED_TOKENS = 512
@@ -287,7 +279,7 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     compression = (given or Policy()).compression if options.compression is None else options.compression
     space = Workspace(ledger, device, _offload_folder(options), rings_of(given or Policy()))
     if space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
-        _return_freed_memory()
+        return_freed_memory()
     one_batch = (given.num_batches if given is not None else options.num_batches) == 1
     place = functools.partial(_store, structure, tensors, space, one_batch=one_batch)
     demand = _demand(model, structure, tensors, space, Compression.of(compression), place)
@@ -477,19 +469,6 @@ def _filled(policy: Policy, tier: Tier, fit: Callable[[Policy], bool]) -> Policy
             most = middle - 1
     taken = {**shares, tier.value: there / 1000, "disk": shares["disk"] - there / 1000}
     return policy.replace(weights=Placement(**taken))
-
-
-def _return_freed_memory() -> None:
-    """Has the C library return freed memory to the system, so that what a process holds is what it uses.
-
-    glibc learns to keep ever larger blocks, of up to 32 MiB, for the next use. Activations of all sizes leave holes
-    then: the process was measured to hold up to twice of what it used, in nobody's account. A threshold that is set
-    stays as it is. It holds for the whole process; where the user has set one, it is left alone.
-    """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def _free_memory(ledger: Ledger, device: torch.device) -> list[Limit]:

@@ -84,7 +84,7 @@ def hold_until_the_next_cell_is_loaded(executor: Any) -> Callable[[str, StepId],
 class OneSharedWorkspace(Schedule):
     """The schedule with the defect: one slot for all cells, into which the next is loaded before this one is used."""
 
-    def steps(self, *args: Any, **options: Any) -> list[Step]:
+    def steps(self, *args: Any, **options: Any) -> Iterator[Step]:
         return [self.spoiled(step) for step in super().steps(*args, **options)]
 
     @staticmethod

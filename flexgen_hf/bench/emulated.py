@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..storage.buffers import return_freed_memory
 from ..storage.workspace import EMULATED
 
 __all__ = ["EmulatedDevice", "Link", "configure", "install"]
@@ -386,6 +387,7 @@ def install(count: int = 1) -> torch.device:
 
         backend_registration._setup_privateuseone_for_python_backend(EMULATED, backend_module=_Module())
         _library.append(_kernels())
+        return_freed_memory()  # devices' memory is the process's: what is free there is to be free here
     return _devices[0].device
 
 

@@ -195,27 +195,25 @@ class Schedule:
         self._empty()
         self.sweep += 1
 
-    def steps(self, traffic: Traffic, following: Traffic | None = None) -> list[Step]:
-        """All steps of one sweep in an order that every lane can take them in.
+    def steps(self, traffic: Traffic, following: Traffic | None = None) -> Iterator[Step]:
+        """All steps of one sweep in an order that every lane can take them in; to be taken to the end.
 
         Args:
             traffic: what moves.
             following: what will move in the sweep after it, if one will come: its first layers are loaded while this
                 one ends, and its embedding once the head has left the slot.
 
-        Returns:
+        Yields:
             Steps. Everything a step waits for comes before it or belongs to the sweep before.
         """
         for ring in (self.layers, self.outer):  # what was loaded ahead may be for another call, of another block
             ring.recount(self.sweep, traffic.num_batches)
-        steps = list(_Sweep(self, traffic, self.sweep, self._loaded_ahead).steps())
+        steps = _Sweep(self, traffic, self.sweep, self._loaded_ahead).steps()
+        yield from steps if self.overlap else _chained(list(steps))
         self._loaded_ahead = set()
         self.sweep += 1
-        if not self.overlap:
-            return list(_chained(steps))
-        if following is not None:
-            steps += self._loads_ahead(following)
-        return steps
+        if self.overlap and following is not None:
+            yield from self._loads_ahead(following)
 
     def _loads_ahead(self, traffic: Traffic) -> Iterator[Step]:
         # The layers come first: the embedding's slot is the head's, which is needed until the very end.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +14,15 @@ from ..errors import CapacityError
 from ..policy import Tier
 from .ledger import Ledger, gib
 
-__all__ = ["PAGE", "Buffer", "round_up", "tensor_view"]
+__all__ = ["PAGE", "Buffer", "return_freed_memory", "round_up", "tensor_view"]
 
 PAGE = 4096
+
+# Freed blocks of more than this go back to the system; smaller ones cost more time than room.
+_KEPT_BYTES = 1 << 20
+
+# from <malloc.h>
+_M_MMAP_THRESHOLD = -3
 
 
 def round_up(nbytes: int, multiple: int = PAGE) -> int:
@@ -113,3 +122,16 @@ def tensor_view(memory: torch.Tensor, offset: int, dtype: torch.dtype, shape: Se
     if part.storage_offset() % dtype.itemsize:
         part = part.clone()
     return part.view(dtype).view(tuple(shape))
+
+
+def return_freed_memory() -> None:
+    """Has the C library return freed memory to the system, so that what a process holds is what it uses.
+
+    glibc learns to keep ever larger blocks, of up to 32 MiB, for the next use. Activations of all sizes leave holes
+    then: the process was measured to hold up to twice of what it used, in nobody's account. A threshold that is set
+    stays as it is. It holds for the whole process; where the user has set one, it is left alone.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)

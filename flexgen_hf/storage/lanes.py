@@ -20,6 +20,9 @@ from ..errors import StepError
 __all__ = ["Event", "LaneUse", "Lanes", "Ticket"]
 
 
+_finishing = threading.Lock()
+
+
 class Ticket:
     """A pending piece of work that carries its error.
 
@@ -27,13 +30,16 @@ class Ticket:
         name: what the work is, for error messages.
     """
 
-    __slots__ = ("_done", "error", "event", "name")
+    # A sweep of many micro-batches has tens of thousands: a lock is a tenth of what a threading.Event takes.
+    __slots__ = ("_done", "_gate", "error", "event", "name")
 
     def __init__(self, name: Any) -> None:
         self.name = name
         self.error: BaseException | None = None
         self.event: Any = None
-        self._done = threading.Event()
+        self._done = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
 
     def finish(self, error: BaseException | None = None, event: Any = None) -> None:
         """Declares the work done, or failed with `error`. The first call counts.
@@ -42,18 +48,22 @@ class Ticket:
             error: why it failed.
             event: on a device that computes asynchronously, the event after which the result is there.
         """
-        if not self._done.is_set():
-            self.error, self.event = error, event
-            self._done.set()
+        with _finishing:
+            if not self._done:
+                self.error, self.event = error, event
+                self._done = True
+                self._gate.release()
 
     @property
     def done(self) -> bool:
         """Whether the work is finished, well or not."""
-        return self._done.is_set()
+        return self._done
 
     def wait(self) -> None:
         """Blocks until the work is done; raises its error."""
-        self._done.wait()
+        if not self._done:
+            with self._gate:
+                pass
         if self.error is not None:
             raise self.error
         if self.event is not None:
@@ -71,8 +81,8 @@ class Event(NamedTuple):
     worker: int = 0
 
 
-# A trace of the last steps is what one looks at; a night's job must not collect millions.
-_KEPT_EVENTS = 100_000
+# A trace of the last steps is what one looks at; a night's job must not collect millions, nor tens of megabytes.
+_KEPT_EVENTS = 20_000
 
 
 class LaneUse:

@@ -57,6 +57,15 @@ class Structure:
         return len(self.layers) + 1
 
     @property
+    def numbers_tokens_by_mask(self) -> bool:
+        """Whether left padding changes nothing but what is masked: positions are counted from the first real token.
+
+        Known of the tested families only.
+        """
+        config: Any = self.model.config
+        return is_tested(config.model_type)
+
+    @property
     def reads_once(self) -> bool:
         """Whether the model's code reads what embeddings and last layer return once, right after it got it.
 

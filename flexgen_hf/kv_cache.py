@@ -55,6 +55,10 @@ class BlockCache(Cache):
         capacity: int,
     ) -> None:
         self.space, self.spans, self.capacity = space, list(spans), capacity
+        #: columns of left padding that each micro-batch leaves out: its cells hold so many tokens fewer
+        self.padding = [0] * len(self.spans)
+        #: whether it may; then rows stay in their micro-batches
+        self.may_leave_padding = False
         #: called before cells are touched outside a sweep; the executor sets it to wait for its lanes
         self.settle: Callable[[], None] = lambda: None
         self.children = [
@@ -78,6 +82,10 @@ class BlockCache(Cache):
     def is_compileable(self) -> bool:
         """False: placement happens outside of what a compiler may see."""
         return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of each row, those of padding that is left out included."""
+        return int(self.children[0].cells[layer_idx].length) + self.padding[0]
 
     def cells(self) -> Iterator[Cell]:
         """Every cell."""
@@ -176,6 +184,7 @@ class BlockCache(Cache):
     def reset(self) -> None:
         """Forgets everything, keeps the memory."""
         self.settle()
+        self.padding = [0] * len(self.spans)
         for cell in self.cells():
             cell.reset()
 
@@ -189,6 +198,7 @@ class BlockCache(Cache):
 
     def _gather(self, index: torch.Tensor, spans: list[Span] | None = None) -> None:
         """Reorders rows that move between micro-batches: in place, or if their number changes, a layer at a time."""
+        assert len(set(self.padding)) == 1, "rows cannot change micro-batches of different padding"
         in_place = spans in (None, self.spans)
         self.spans = spans or self.spans
         for layer in range(len(self.layers)):

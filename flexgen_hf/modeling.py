@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 
 from .accounting import Account, cache_geometry
 from .cells import CacheSpace
@@ -26,6 +27,7 @@ from .executor import Executor
 from .fixed_weights import FixedWeights
 from .kv_cache import BlockCache, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
+from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
 from .planning.budget import Demand
 from .planning.placement import assign
 from .policy import Compression, Policy
@@ -155,12 +157,17 @@ class FlexGenForCausalLM(FixedWeights):
         call = by_name(whole, args, kwargs)
         with torch.no_grad(), self._executor.session() as report:
             settings = self._settings(whole, call)
+            # Prompts of one length together: what of their padding is common is left out.
+            order = longest_first(call, settings) if self._executor.structure.numbers_tokens_by_mask else None
+            call = call if order is None else in_order(call, order)
             prompts = self._prompts_per_block(call, settings)
             account = self._account.generation(may_be_cut=may_be_cut(call, settings), tokens=prompt_tokens(call))
             with account, self._progress(report, call, settings, prompts) as shown:
                 if prompts is None:
-                    return shown(whole)(*args, **kwargs)
-                return self._generate_in_blocks(shown(whole), call, prompts, _pad_token(settings))
+                    output = shown(whole)(**call)
+                else:
+                    output = self._generate_in_blocks(shown(whole), call, prompts, _pad_token(settings))
+                return output if order is None else back_in_order(output, order)
 
     @contextlib.contextmanager
     def _progress(
@@ -229,6 +236,11 @@ class FlexGenForCausalLM(FixedWeights):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         beams = generation_config.num_beams or 1
         cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams)
+        cache.may_leave_padding = (
+            self._executor.structure.numbers_tokens_by_mask
+            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and not (generation_config.return_dict_in_generate or generation_config.is_assistant)
+        )
         model_kwargs["past_key_values"] = cache
         return None
 
@@ -303,10 +315,7 @@ class FlexGenForCausalLM(FixedWeights):
             if cache is None and wants(given, self.config, "use_cache"):
                 cache = given["past_key_values"] = self._make_cache(rows, tokens)
             blocks = cache if isinstance(cache, BlockCache) else None
-            bodies = [
-                functools.partial(plain, self, **{n: part_of(n, v, k, span, rows) for n, v in given.items()})
-                for k, span in enumerate(spans)
-            ]
+            bodies = self._bodies(plain, given, spans, tokens)
             keep = wants(given, self.config, "output_hidden_states")
             outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
             if is_alone:
@@ -314,6 +323,40 @@ class FlexGenForCausalLM(FixedWeights):
             output = self._put_together(outputs, given, strict=is_alone)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
+
+    def _bodies(
+        self, plain: Any, given: Mapping[str, Any], spans: Sequence[Span], tokens: int
+    ) -> list[Callable[[], Any]]:
+        """The model's own forward with the arguments of each micro-batch."""
+        cache, rows, is_prompt = given.get("past_key_values"), spans[-1][1], False
+        padding = [0] * len(spans)
+        if isinstance(cache, BlockCache):
+            is_prompt = cache.get_seq_length() == 0
+            # With the logits of all tokens, or hidden states, rows of different length could not be put together.
+            if (
+                is_prompt
+                and cache.may_leave_padding
+                and given.get("logits_to_keep") == 1
+                and not self._asks_for_all(given)
+            ):
+                cache.padding = common_padding(given.get("attention_mask"), spans, tokens)
+            padding = cache.padding
+        return [
+            functools.partial(
+                plain,
+                self,
+                **{
+                    name: without_padding(name, part_of(name, value, batch, span, rows), padding[batch], is_prompt)
+                    for name, value in given.items()
+                },
+            )
+            for batch, span in enumerate(spans)
+        ]
+
+    def _asks_for_all(self, given: Mapping[str, Any]) -> bool:
+        """Whether a forward is asked for values of every token."""
+        asked = ("output_hidden_states", "output_attentions", "output_router_logits")
+        return any(wants(given, self.config, name) for name in asked)
 
     def _spans(self, cache: Any, rows: int) -> list[Span]:
         """The rows of each micro-batch; a cache of another kind than ours is used as it is, whole."""

@@ -85,7 +85,7 @@ class OneSharedWorkspace(Schedule):
     """The schedule with the defect: one slot for all cells, into which the next is loaded before this one is used."""
 
     def steps(self, *args: Any, **options: Any) -> Iterator[Step]:
-        return [self.spoiled(step) for step in super().steps(*args, **options)]
+        return (self.spoiled(step) for step in super().steps(*args, **options))
 
     @staticmethod
     def spoiled(step: Step) -> Step:

@@ -19,7 +19,7 @@ ROWS = (
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
     {"kv_cache", "parameters", "report"},
     {"progress", "microbatches"},
-    {"accounting"},
+    {"accounting", "padding"},
     {"executor"},
     {"checkpoints"},
     {"loading", "modeling"},

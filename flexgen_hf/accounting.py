@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from .cell_layout import CellShape
 from .kv_cache import BlockCache, Span
 from .microbatches import wants
 from .planning.budget import (
@@ -28,7 +29,7 @@ from .planning.budget import (
     largest,
     totals,
 )
-from .policy import Policy, Tier
+from .policy import Compression, Policy, Tier
 from .storage.ledger import Ledger
 
 __all__ = ["Account", "cache_geometry", "shape_of"]
@@ -299,19 +300,22 @@ def cache_geometry(config: Any) -> tuple[int, int] | None:
     return heads, width
 
 
-def shape_of(config: Any, inner_size: int, itemsize: int, kept_itemsize: int, casts_head: bool) -> ModelShape:
+def shape_of(
+    config: Any, inner_size: int, dtype: torch.dtype, compression: Compression, casts_head: bool
+) -> ModelShape:
     """The sizes of a model that decide how much memory a call takes.
 
     Args:
         config: of the model.
         inner_size: rows of the matrices of a layer's MLP, experts left out.
-        itemsize: bytes of an element in compute.
-        kept_itemsize: bytes of an element of a cell at home.
+        dtype: of compute.
+        compression: in how many bits keys and values are kept.
         casts_head: the head's table is cast tile by tile.
     """
     text = config.get_text_config(decoder=True)
     geometry = cache_geometry(config)
     heads = int(getattr(text, "num_attention_heads", None) or 1)
+    cell = None if geometry is None else CellShape(1, geometry, geometry, dtype, compression)
     expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
     return ModelShape(
         num_layers=int(text.num_hidden_layers),
@@ -322,7 +326,7 @@ def shape_of(config: Any, inner_size: int, itemsize: int, kept_itemsize: int, ca
         key_size=geometry[0] * geometry[1] if geometry is not None else None,
         num_heads=heads,
         vocab_size=int(text.vocab_size),
-        itemsize=itemsize,
-        kept_itemsize=kept_itemsize,
+        itemsize=dtype.itemsize,
+        kept_key_bytes=None if cell is None or cell.dtype == dtype else cell.token_bytes(0),
         casts_head=casts_head,
     )

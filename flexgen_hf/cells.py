@@ -8,14 +8,14 @@ A cell on disk lies in its slot as it lies in its file: keys and values each beg
 from the first loaded token's page on. So whole pages can be moved, past the page cache, though a token's keys may end
 anywhere: what is before a new token in its page is in the slot, what is behind it is not in use yet.
 
-With `Compression(cache=16)` a cell is kept in fewer bits than compute uses. It is then cast on the way to a slot, also
-where no link is to be crossed, and what a step adds is cast on the way back: the step itself still sees it in full
-precision, later ones see what was kept.
+With compression a cell is kept in fewer bits than compute uses: cast to 16, or in groups of 2, 3, 4 or 8. It is then
+cast, or unpacked, on the way to a slot, also where no link is to be crossed, and what a step adds is cast or packed on
+the way back: the step itself still sees it in full precision, later ones see what was kept. What is kept is never cast
+or packed again: not when the cell moves, nor when it grows or its rows change places.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import weakref
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .cell_layout import CellShape, kept_dtype
 from .errors import UnsupportedModelError
 from .planning.budget import EXCHANGE_BYTES, Need
 from .planning.schedule import Route
@@ -48,7 +49,7 @@ class SlotBytes(NamedTuple):
     Args:
         staging: on the host, as the cell is kept.
         working: where compute is, in its dtype; 0 if compute uses the staging buffer itself.
-        attended: on the host of an accelerator, where a cell that is attended there is cast to.
+        attended: on the host of an accelerator, in the dtype of compute, for a cell that is attended there.
     """
 
     staging: int = 0
@@ -76,7 +77,7 @@ class CacheSpace:
     Args:
         space: where the model computes and keeps its bytes.
         host_attention: cells that live on the host are attended to there.
-        compression: with `cache=16`, cells are kept in 16 bit if compute uses more.
+        compression: in how many bits cells are kept.
         dtype: of compute.
     """
 
@@ -91,7 +92,8 @@ class CacheSpace:
         self.direct = space.is_direct
         self.host_attention = host_attention and not space.is_direct
         #: cells are not kept as compute uses them, so all of them pass through slots
-        self.casts = compression is not None and compression.cache == 16 and dtype.itemsize > 2
+        self.casts = kept_dtype(dtype, compression or Compression()) != dtype
+        self._compression = compression or Compression()
         slots = range(space.rings.cache)
         self._staging = [space.staging("cache slots") for _ in slots]
         self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "cache slots") for _ in slots]
@@ -120,9 +122,9 @@ class CacheSpace:
         """What is done differently from what one would expect."""
         return [] if self._spill is None else self._spill.notes
 
-    def home_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which keys and values of `dtype` are kept."""
-        return torch.float16 if self.casts and dtype.itemsize > 2 else dtype
+    def shape(self, batch: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> CellShape:
+        """Shape of a cell whose keys and values are computed with in `dtype`."""
+        return CellShape(batch, key, value, dtype, self._compression)
 
     def buffer(self, tier: Tier) -> Buffer:
         """A new home for a cell."""
@@ -197,45 +199,6 @@ class CacheSpace:
             self._spill.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Shape of one token's keys and values in a cell."""
-
-    batch: int
-    key: tuple[int, int]  # heads, head_dim
-    value: tuple[int, int]
-    dtype: torch.dtype
-    compute_dtype: torch.dtype
-
-    def in_compute(self) -> _Shape:
-        """The same in the dtype of compute."""
-        return dataclasses.replace(self, dtype=self.compute_dtype)
-
-    @property
-    def key_bytes(self) -> int:
-        return self.batch * self.key[0] * self.key[1] * self.dtype.itemsize
-
-    @property
-    def value_bytes(self) -> int:
-        return self.batch * self.value[0] * self.value[1] * self.dtype.itemsize
-
-    def views(self, memory: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values over `memory`, each (capacity, batch, heads, head_dim)."""
-        key = tensor_view(memory, 0, self.dtype, (capacity, self.batch, *self.key))
-        value = tensor_view(memory, self.value_start(capacity), self.dtype, (capacity, self.batch, *self.value))
-        return key, value
-
-    def parts(self, capacity: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of keys and of values: where they begin, and the bytes of one token."""
-        return (0, self.key_bytes), (self.value_start(capacity), self.value_bytes)
-
-    def value_start(self, capacity: int) -> int:
-        return round_up(capacity * self.key_bytes)
-
-    def nbytes(self, capacity: int) -> int:
-        return self.value_start(capacity) + round_up(capacity * self.value_bytes)
-
-
 class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Keys and values of one layer for one micro-batch.
 
@@ -255,7 +218,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self.is_sliding = window is not None
         self.is_initialized = False
         self._space, self._capacity = space, capacity
-        self._shape: _Shape | None = None
+        self._shape: CellShape | None = None
         self._memory: Buffer | None = None
         self._offset = 0
         self._slot = -1
@@ -330,12 +293,12 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # read-only: written by update
         """A copy of all keys, (batch, heads, tokens, head_dim), or None before the first update."""
-        return None if self._shape is None else self.get()[0].permute(1, 2, 0, 3).to(self._shape.compute_dtype)
+        return self._restored(0)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """A copy of all values, (batch, heads, tokens, head_dim), or None before the first update."""
-        return None if self._shape is None else self.get()[1].permute(1, 2, 0, 3).to(self._shape.compute_dtype)
+        return self._restored(1)
 
     # ------------------------------------------------------------------------------------------ what the executor calls
     @property
@@ -376,20 +339,20 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """Home, or host, to the slot that compute sees: the tokens that attention sees; returns the bytes."""
         shape = self._known()
         working = shape.in_compute().views(self._space.working(slot), self._capacity)
-        return self._copy(self._kept(slot), working, (self._first, self.length))
+        kept, tokens = self._kept(slot), (self._first, self.length)
+        for part, old, new in self._pieces(tokens):
+            shape.restore(part, kept[part][old:new], working[part][old:new], self._space.copy)
+        return self._bytes_of(tokens)
 
     def pull(self, slot: int) -> int:
         """The tokens of the last update to their home, or to the host on their way to disk; returns the bytes."""
         if self._new is not None:
-            new = self._new[0].permute(2, 0, 1, 3), self._new[1].permute(2, 0, 1, 3)
-            moved = self._copy(new, self._kept(slot), self._added)
+            self._keep(slot, (self._new[0].permute(2, 0, 1, 3), self._new[1].permute(2, 0, 1, 3)))
             self._space.finish_copies()  # before their memory is given to others
             self._new = None
-            return moved
-        if self._stays:  # `update` brought them, attention needs them there
-            return self._bytes_of(self._added)
-        working = self._known().in_compute().views(self._space.working(slot), self._capacity)
-        return self._copy(working, self._kept(slot), self._added)
+        elif not self._stays:  # else `update` brought them, attention needs them there
+            self._keep(slot, self._known().in_compute().views(self._space.working(slot), self._capacity))
+        return self._bytes_of(self._added)
 
     def allocate(self, batch: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> None:
         """Takes the home's memory for `capacity` tokens.
@@ -403,7 +366,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         Raises:
             CapacityError: the tier or the disk is full.
         """
-        shape = _Shape(batch, key, value, self._space.home_dtype(dtype), dtype)
+        shape = self._space.shape(batch, key, value, dtype)
         nbytes = shape.nbytes(self._capacity)
         if self.home is Tier.DISK:
             self._offset = self._space.spill.reserve(nbytes)
@@ -413,13 +376,12 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._shape, self.is_initialized = shape, True
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of keys and values as they are kept, each (tokens, batch, heads, head_dim). No lane may be busy."""
+        """Copies of keys and values as they are kept, each (tokens, batch, *row). No lane may be busy."""
         shape = self._known()
         if self.home is not Tier.DISK:
             keys, values = shape.views(self._home_memory(), self._capacity)
             return keys[: self.length].clone(), values[: self.length].clone()
-        keys = torch.empty((self.length, shape.batch, *shape.key), dtype=shape.dtype)
-        values = torch.empty((self.length, shape.batch, *shape.value), dtype=shape.dtype)
+        keys, values = (torch.empty((self.length, shape.batch, *shape.row(k)), dtype=shape.dtype) for k in (0, 1))
         for part, wanted in enumerate((keys, values)):
             for old, new in self._blocks(part):
                 wanted[old:new].copy_(self.block(part, (old, new)))
@@ -441,7 +403,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._space.finish_copies()
 
     def block(self, part: int, tokens: _Tokens, load: bool = True) -> torch.Tensor:
-        """Some tokens' keys (part 0) or values (part 1), (tokens, batch, heads, head_dim), where they are kept.
+        """Some tokens' keys (part 0) or values (part 1), (tokens, batch, *row), where they are kept.
 
         Those of a cell on disk are in a buffer that the next call reuses. No lane may be busy.
 
@@ -457,7 +419,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         memory = self._space.bounce((new - old) * size)
         if load:
             self._space.spill.read_run(self._offset + start + old * size, memory, 0, (new - old) * size)
-        return tensor_view(memory, 0, shape.dtype, (new - old, shape.batch, *(shape.key, shape.value)[part]))
+        return tensor_view(memory, 0, shape.dtype, (new - old, shape.batch, *shape.row(part)))
 
     def store_block(self, part: int, tokens: _Tokens) -> None:
         """Brings home what was put in the place that `block` returned for the same tokens. No lane may be busy."""
@@ -523,7 +485,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """The first token that the next one sees, as in transformers' own sliding layers."""
         return 0 if self.window is None else max(0, self.length - self.window + 1)
 
-    def _known(self) -> _Shape:
+    def _known(self) -> CellShape:
         if self._shape is None:
             raise RuntimeError("a cell was used before it had a shape")
         return self._shape
@@ -541,7 +503,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         if self._shape is None:
             return False
         heads = (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
-        given = _Shape(keys.shape[0], *heads, self._space.home_dtype(keys.dtype), keys.dtype)
+        given = self._space.shape(keys.shape[0], *heads, keys.dtype)
         if given != self._shape and self.length:
             raise UnsupportedModelError(f"keys and values changed from {self._shape} to {given} within one sequence")
         return given == self._shape
@@ -591,10 +553,12 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         memory = self._space.attended(seen.nbytes(self._capacity))
         wanted = seen.views(memory, self.length - first)
         kept = shape.views(self._home_memory(), self._capacity)
-        for given, home, there in zip(states, kept, wanted, strict=True):
-            there[: old - first].copy_(home[first:old])
-            there[old - first :].copy_(given.permute(2, 0, 1, 3))
-            home[old : self.length].copy_(there[old - first :])
+        for part, start, end in self._pieces((first, old)):
+            shape.restore(part, kept[part][start:end], wanted[part][start - first : end - first], self._space.copy)
+        for part, given in enumerate(states):
+            new = wanted[part][old - first :]
+            new.copy_(given.permute(2, 0, 1, 3))
+            shape.keep(part, new, kept[part][old : self.length], self._space.copy)
         return wanted[0].permute(1, 2, 0, 3), wanted[1].permute(1, 2, 0, 3)
 
     @property
@@ -621,18 +585,36 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     def _bytes_of(self, tokens: _Tokens) -> int:
         shape = self._known()
-        return (tokens[1] - tokens[0]) * (shape.key_bytes + shape.value_bytes)
+        return (tokens[1] - tokens[0]) * (shape.token_bytes(0) + shape.token_bytes(1))
 
-    def _copy(self, source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], tokens: _Tokens) -> int:
-        """Copies keys and values of some tokens; returns the bytes that they have where they are kept."""
-        for given, wanted in zip(source, target, strict=True):
-            # What torch casts between devices goes through memory of its own: only a block at a time.
-            size = wanted[0].numel() * wanted.element_size()
-            step = max(1, _BLOCK_BYTES // size) if self._space.casts else tokens[1]
-            for old in range(*tokens, max(1, step)):
-                new = min(old + step, tokens[1])
-                self._space.copy(wanted[old:new], given[old:new])
-        return self._bytes_of(tokens)
+    def _pieces(self, tokens: _Tokens) -> Iterator[tuple[int, int, int]]:
+        """Cuts the keys (part 0) and values (part 1) of some tokens into (part, first, last one excluded).
+
+        What is cast or packed between devices goes through memory of its own: only a block at a time.
+        """
+        seen = self._known().in_compute()
+        for part in range(2):
+            step = max(1, _BLOCK_BYTES // seen.token_bytes(part) if self._space.casts else tokens[1])
+            for old in range(*tokens, step):
+                yield part, old, min(old + step, tokens[1])
+
+    def _keep(self, slot: int, states: Sequence[torch.Tensor]) -> None:
+        """Keys and values of the last update to where they are kept; `states` holds those of all tokens."""
+        shape, kept = self._known(), self._kept(slot)
+        for part, old, new in self._pieces(self._added):
+            shape.keep(part, states[part][old:new], kept[part][old:new], self._space.copy)
+
+    def _restored(self, part: int) -> torch.Tensor | None:
+        """A copy of all keys (part 0) or values (part 1) as compute sees them, (batch, heads, tokens, head_dim)."""
+        if self._shape is None:
+            return None
+        rows = self.get()[part]
+        states = torch.empty(
+            (*rows.shape[:2], *self._shape.in_compute().row(part)), dtype=self._shape.compute_dtype, device=rows.device
+        )
+        self._shape.restore(part, rows, states, self._space.copy)
+        self._space.finish_copies()
+        return states.permute(1, 2, 0, 3)
 
 
 def exchange(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
@@ -650,10 +632,9 @@ def exchange(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
     tier = Tier.DEVICE if all(cell.home is Tier.DEVICE for cell in cells) else Tier.HOST
     for part in range(2):
         sizes = [shape.parts(0)[part][1] for shape in shapes]
-        heads = (shapes[0].key, shapes[0].value)[part]
         for old, new in _blocks(cells[0].length, sizes, any(cell.home is Tier.DISK for cell in cells)):
             memory = space.scratch(tier, (new - old) * sum(sizes))
-            pool = tensor_view(memory, 0, shapes[0].dtype, (new - old, ends[-1], *heads))
+            pool = tensor_view(memory, 0, shapes[0].dtype, (new - old, ends[-1], *shapes[0].row(part)))
             for cell, shape, end in zip(cells, shapes, ends, strict=True):
                 pool[:, end - shape.batch : end].copy_(cell.block(part, (old, new)))
             for cell, index in zip(cells, rows, strict=True):

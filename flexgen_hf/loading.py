@@ -188,9 +188,9 @@ class FlexGenHfQuantizer(HfQuantizer):
         options = self.quantization_config
         asked = [Compression.of(options.compression)]
         asked += [_policy(options).compression] if options.policy is not None else []
-        if any(compression.weights is not None or compression.cache not in (None, 16) for compression in asked):
+        if any(compression.weights is not None for compression in asked):
             raise UnsupportedModelError(
-                "compression is not available in this version, but for Compression(cache=16); leave compression out"
+                "compression of weights is not available in this version; leave it out, or give Compression(cache=4)"
             )
         self._structure = describe(model)
         if not is_tested(model.config.model_type):
@@ -331,16 +331,13 @@ def _demand(
     tables = _streamable_outer(structure, {t.name for t in tensors})
     casts_head = space.is_direct and any(t.is_cast for t in tensors if t.name in tables)
     dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
-    kept = 2 if compression.cache == 16 else dtype.itemsize
     hidden = int(model.config.get_text_config(decoder=True).hidden_size)
     inner: collections.Counter[int] = collections.Counter()
     for tensor in tensors:
         stage, part = structure.locate(tensor.name)
         if 0 < stage < structure.head_stage and part == "mlp" and len(tensor.extent.shape) == 2:
             inner[stage] += math.prod(tensor.extent.shape) // hidden
-    shape = shape_of(
-        model.config, max(inner.values(), default=0), dtype.itemsize, min(kept, dtype.itemsize), casts_head
-    )
+    shape = shape_of(model.config, max(inner.values(), default=0), dtype, compression, casts_head)
     is_plain = model.config._attn_implementation == "sdpa" and attention.why_not_supported(model) is None
     return Demand(
         dataclasses.replace(shape, makes_masks_late=is_plain, reads_once=structure.reads_once),

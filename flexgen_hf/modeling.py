@@ -76,8 +76,9 @@ class FlexGenForCausalLM(FixedWeights):
         Args:
             pretrained_model_name_or_path: Hub id or folder, as transformers takes it.
             policy: a `Policy`, its dict, JSON text or file, or six percentages; None fills the fastest tiers first.
-            compression: only `Compression(cache=16)` is available in this version: keys and values are kept in float16
-                where compute uses float32; values above 65504 overflow.
+            compression: in this version of the cache alone. `Compression(cache=4)` (or 2, 3, 8) keeps keys and values
+                in groups along head_dim, each with a scale and a minimum of 16 bits; `Compression(cache=16)` in float16
+                where compute uses float32. Values above 65504 are refused in groups, and overflow in float16.
             max_memory: the most each tier may hold, e.g. `{0: "14GiB", "cpu": "180GiB", "disk": "1TiB"}`; 0 is the
                 device. On a machine without accelerator "cpu" limits device and host together, and the C library is
                 told to return freed memory to the system.

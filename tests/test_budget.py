@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTConfig
 
-from flexgen_hf import CapacityError, FlexGenForCausalLM, Placement, Policy, Tier, loading
+from flexgen_hf import CapacityError, Compression, FlexGenForCausalLM, Placement, Policy, Tier, loading
 from flexgen_hf.accounting import Account
 from flexgen_hf.bench import emulated
 from flexgen_hf.bench.shapes import write_random_checkpoint
@@ -96,7 +96,7 @@ def policies(draw: Any) -> Policy:
         batch_size=draw(st.integers(1, 5)),
         num_batches=draw(st.integers(1, 4)),
         overlap=draw(st.booleans()),
-        compression=draw(st.sampled_from([None, {"cache": 16}])),
+        compression=draw(st.sampled_from([None, *({"cache": bits} for bits in (2, 3, 4, 8, 16))])),
     )
 
 
@@ -123,11 +123,13 @@ def test_what_is_predicted_is_what_is_taken(  # noqa: PLR0917  fixtures and what
             assert model._account.demand.peak(policy, calls[0]) == model.last_run.peak_bytes
 
 
+@pytest.mark.parametrize("bits", [None, 4])
 def test_the_beams_of_a_prompt_need_no_more_than_is_predicted(
-    checkpoint: Path, offload: Path, calls: list[Call]
+    checkpoint: Path, offload: Path, calls: list[Call], bits: int | None
 ) -> None:
     for share in (0.0, 0.5, 1.0):
         policy = Policy(weights=DISK, cache=Placement(device=share), batch_size=6, num_batches=2)
+        policy = policy.replace(compression=Compression(cache=bits))
         calls.clear()
         with load(checkpoint, offload, policy) as model:
             model.generate(**batch(4), num_beams=3, do_sample=False, max_new_tokens=5, min_new_tokens=5)
@@ -211,7 +213,7 @@ def test_parts_that_are_not_one_tensor_arejoined() -> None:
 def demand(**sizes: Any) -> Demand:
     """Of 8 layers of 1000 tokens' worth of nothing but cache and weights, in whole pages."""
     fields = {"num_layers": 8, "hidden_size": 1, "inner_size": 1, "query_size": 1, "key_size": 4096, "num_heads": 1,
-              "vocab_size": 1, "itemsize": 1, "kept_itemsize": 1}  # fmt: skip
+              "vocab_size": 1, "itemsize": 1}  # fmt: skip
 
     def weights(placement: Placement) -> list[Need]:
         return [Need(tier, round(placement.share(tier) * 1_000_000), "weights") for tier in Tier]

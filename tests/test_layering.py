@@ -16,6 +16,7 @@ ROWS = (
     {"errors", "policy", "_register"},
     {"planning", "quantization"},
     {"storage"},
+    {"cell_layout"},
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
     {"kv_cache", "parameters", "report"},
     {"progress", "microbatches"},

@@ -88,7 +88,7 @@ class ModelShape:
         num_heads: query heads.
         vocab_size: rows of the head's table.
         itemsize: bytes of an element in compute.
-        kept_itemsize: bytes of an element of a cell at home.
+        kept_key_bytes: of a token's keys of one row at home; None if they are kept as compute uses them.
         casts_head: the head's table is kept in another dtype than that of compute, and cast tile by tile.
         makes_masks_late: with several micro-batches, masks are made where a layer attends.
         reads_once: with several micro-batches, embeddings are dropped after the first layer, and of what the last one
@@ -103,7 +103,7 @@ class ModelShape:
     num_heads: int
     vocab_size: int
     itemsize: int
-    kept_itemsize: int
+    kept_key_bytes: int | None = None
     casts_head: bool = False
     makes_masks_late: bool = False
     reads_once: bool = False
@@ -230,15 +230,15 @@ class Demand:
         shape = self.shape
         if not call.makes_cache or shape.key_size is None:
             return
-        casts = shape.kept_itemsize != shape.itemsize
+        casts = shape.kept_key_bytes is not None
         cells = [(layer, batch) for layer in range(shape.num_layers) for batch in range(len(batches))]
         homes = assign([(cell, 1) for cell in cells], policy.cache)
         held = dict.fromkeys(Tier, 0)
         staging = working = attended = 0
         for cell, home in homes.items():
             rows = batches[cell[1]]
-            kept = self._cell(rows, call.capacity, shape.kept_itemsize)
-            seen = self._cell(rows, call.capacity, shape.itemsize)
+            kept = 2 * _pages(rows * call.capacity * self._kept)
+            seen = 2 * _pages(rows * call.capacity * shape.key_size * shape.itemsize)
             held[home] += kept
             if policy.host_attention and not self.direct and home is Tier.HOST:
                 attended = max(attended, seen if casts else 0)
@@ -256,7 +256,7 @@ class Demand:
             yield from self._exchange(call, list(homes.values()))
 
     def _exchange(self, call: Call, homes: Collection[Tier]) -> Iterator[Need]:
-        token = call.rows * (self.shape.key_size or 0) * self.shape.kept_itemsize
+        token = call.rows * self._kept
         on_disk = Tier.DISK in homes
         # on disk, blocks begin on pages: of a number of tokens that is a power of two, at most 4096
         largest = max(EXCHANGE_BYTES, token * (_PAGE if on_disk else 1))
@@ -267,8 +267,11 @@ class Demand:
         if on_disk:
             yield Need(Tier.HOST, block, "cache scratch")
 
-    def _cell(self, rows: int, capacity: int, itemsize: int) -> int:
-        return 2 * _pages(rows * capacity * (self.shape.key_size or 0) * itemsize)
+    @property
+    def _kept(self) -> int:
+        """Bytes of a token's keys of one row at home; its values take as many."""
+        kept = self.shape.kept_key_bytes
+        return (self.shape.key_size or 0) * self.shape.itemsize if kept is None else kept
 
     def _hidden(self, policy: Policy, call: Call, batches: Sequence[int]) -> Iterator[Need]:
         """Homes of hidden states that are not where compute leaves them, and the buffers that they pass through."""

@@ -17,7 +17,7 @@ ROWS = (
     {"planning", "quantization"},
     {"storage"},
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
-    {"kv_cache", "parameters", "report"},
+    {"kv_cache", "parameters", "report", "compression"},
     {"progress", "microbatches"},
     {"accounting"},
     {"executor"},

@@ -115,7 +115,7 @@ def verify_command(
     )
     with _Bar("verifying") as bar:
         report = verify(store, source, options=options, progress=bar.update)
-    quantized = f" ({report.quantized} as it is when quantized)" if report.quantized else ""
+    quantized = f" ({report.quantized} of them quantized)" if report.quantized else ""
     what = f"{report.shards} shards, {report.tensors} tensors{quantized}, {gib(report.bytes)}"
     typer.echo(f"{store} equals {source}: {what}")
 

@@ -297,7 +297,7 @@ class _Checkpoint:
         Raises:
             PolicyError: the checkpoint is quantized in another way than was asked for.
         """
-        wanted = planned_quantizing(self._structure, self._found, compression)
+        wanted = planned_quantizing(self._structure, self._found, compression) if compression.of_weights else {}
         stored = {name: t.quantized.format for name, t in self._found.items() if t.quantized is not None}
         if stored and compression.of_weights:
             _refuse_other_formats({name: how.format for name, how in wanted.items()}, stored)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,12 +14,23 @@ import transformers
 
 from conversion.convert import convert
 from flexgen_hf import Compression, FlexGenForCausalLM, Policy, PolicyError, Tier, UnsupportedModelError
-from flexgen_hf.quantization import groupwise, search
 from flexgen_hf.quantization.groupwise import GroupFormat
 from flexgen_hf.weights.format import Manifest, is_store
 from flexgen_hf.weights.store import WeightStore
 
-from .comparison import BEAMS, GREEDY, SAMPLING, load_ours, load_plain, put, ragged, same_tokens, save_tiny
+from .comparison import (
+    BEAMS,
+    GREEDY,
+    SAMPLING,
+    as_quantized,
+    load_ours,
+    load_plain,
+    put,
+    quantized_in,
+    ragged,
+    same_tokens,
+    save_tiny,
+)
 from .tiny import batch, greedy, load, write_tiny_opt
 
 FOUR = Compression(weights=4, group_size=32)
@@ -37,29 +50,16 @@ def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def tensors_of(store: Path) -> dict[str, Any]:
-    """What the manifest says of each quantized tensor."""
-    quantization = Manifest.load(store).quantization
-    assert quantization is not None
-    tensors: dict[str, Any] = quantization["tensors"]
-    return tensors
+def matrices(model: Any) -> list[str]:
+    """Names of what is quantized of an OPT or a Mixtral if nothing else is asked for."""
+    return [n for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1 and ".gate." not in n]
 
 
-def in_layers(name: str, value: torch.Tensor) -> int | None:
-    return 4 if ".layers." in name and value.dim() > 1 else None
-
-
-def oracle(folder: Path, bits_of: Any = in_layers, group_size: int = 32) -> Any:
-    """transformers' own model, of whose matrices the reference made groups and numbers again."""
-    model = load_plain(folder, dtype="auto")
-    values = {name: value.detach().clone() for name, value in model.named_parameters()}
+def oracle(folder: Path, bits: int = 4, other: Mapping[str, int | None] = MappingProxyType({})) -> Any:
+    """transformers' own model with the numbers that the reference makes of its matrices, of some in other widths."""
     model = load_plain(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if (bits := bits_of(name, parameter)) is not None:
-                fmt = GroupFormat(bits, group_size)
-                parameter.copy_(groupwise.dequantize(search.quantize(values[name], fmt), fmt))
-    return model
+    widths = {**dict.fromkeys(matrices(model), bits), **other}
+    return as_quantized(model, {name: GroupFormat(width, 32) for name, width in widths.items() if width is not None})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_same_tokens_however_they_are_chosen(
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_widths(folder: Path, tmp_path: Path, device: str, bits: int) -> None:
-    plain = oracle(folder, lambda name, value: bits if in_layers(name, value) else None)
+    plain = oracle(folder, bits)
     with load(folder, tmp_path, POLICIES[3], device=device, compression=Compression(bits, group_size=32)) as model:
         same_tokens(plain, model, GREEDY, ragged())
 
@@ -118,21 +118,16 @@ def test_tables_and_widths_by_name(folder: Path, tmp_path: Path, device: str) ->
     """The tied table is dequantized once and stays in its slot."""
     compression = {"weights": 4, "group_size": 32, "tables": 8, "patterns": {"*.fc2": 8, "*.0.*.q_proj.weight": None}}
 
-    def bits_of(name: str, value: torch.Tensor) -> int | None:
-        if "embed_tokens" in name or name.endswith("fc2.weight"):
-            return 8
-        return None if "layers.0" in name and "q_proj" in name else in_layers(name, value)
-
-    plain = oracle(folder, bits_of)
+    layers = "model.decoder.layers"
+    other: dict[str, int | None] = {f"{layers}.{j}.fc2.weight": 8 for j in range(LAYERS)}
+    other |= {"model.decoder.embed_tokens.weight": 8, f"{layers}.0.self_attn.q_proj.weight": None}
+    plain = oracle(folder, other=other)
     for policy in (POLICIES[2], POLICIES[3], POLICIES[4]):
         with load(folder, tmp_path, policy, device=device, compression=compression) as model:
             same_tokens(plain, model, GREEDY, ragged())
             assert model.last_run.dequantizations["per_stage_and_sweep"] == 1
     (out,) = tmp_path.glob("converted-*")
     assert out.name.rpartition("-")[0].endswith("-float32-4-8bit")
-    named = {name: entry["bits"] for name, entry in tensors_of(out).items()}
-    assert named["model.decoder.layers.1.fc2.weight"] == named["model.decoder.embed_tokens.weight"] == 8
-    assert "model.decoder.layers.0.self_attn.q_proj.weight" not in named
 
 
 def test_experts_are_quantized_and_their_router_is_not(tmp_path: Path, device: str) -> None:
@@ -141,14 +136,12 @@ def test_experts_are_quantized_and_their_router_is_not(tmp_path: Path, device: s
         num_key_value_heads=2, num_local_experts=4, eos_token_id=None,
     )  # fmt: skip
     model = save_tiny(config, tmp_path / "model", dtype=torch.bfloat16)
-    plain = oracle(model, lambda name, value: None if ".gate." in name else in_layers(name, value))
+    plain = oracle(model)
     with load(model, tmp_path, POLICIES[3], device=device, compression=FOUR) as ours:
         same_tokens(plain, ours, GREEDY, ragged())
         assert ours.last_run.dequantizations["per_stage_and_sweep"] == 1
     (out,) = tmp_path.glob("converted-*")
-    named = tensors_of(out)
-    assert named["model.layers.0.mlp.experts.gate_up_proj"]["shape"] == [4, 320, 32]
-    assert not [name for name in named if ".gate." in name]
+    assert quantized_in(out).keys() == set(matrices(plain))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from tqdm import tqdm
@@ -50,6 +50,16 @@ def convert_command(  # noqa: PLR0913, PLR0917 (a command's options are its para
             metavar='"DEVICE HOST"',
         ),
     ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            help='Quantize matrices of layers: `4bit` (or 2, 3, 8), or JSON: `{"weights": 4, "group_size": 64}`.',
+            metavar="WHAT",
+        ),
+    ] = None,
+    method: Annotated[
+        Literal["search", "minmax"], typer.Option(help="How to quantize: with a smaller error, or faster.")
+    ] = "search",
     revision: _Revision = None,
     token: _Token = None,
     local_files_only: _Local = False,
@@ -72,11 +82,14 @@ def convert_command(  # noqa: PLR0913, PLR0917 (a command's options are its para
             trust_remote_code=trust_remote_code,
             config=config,
             weights_placement=placement,
+            compression=compression,
+            method=method,
             force=force,
             progress=bar.update,
         )
     size = sum(shard.bytes for shard in manifest.shards)
-    typer.echo(f"{out}: {manifest.dtype}, {len(manifest.shards)} shards, {gib(size)}")
+    quantized = f", {len(manifest.quantization['tensors'])} tensors quantized" if manifest.quantization else ""
+    typer.echo(f"{out}: {manifest.dtype}{quantized}, {len(manifest.shards)} shards, {gib(size)}")
 
 
 @app.command("verify")
@@ -102,7 +115,9 @@ def verify_command(
     )
     with _Bar("verifying") as bar:
         report = verify(store, source, options=options, progress=bar.update)
-    typer.echo(f"{store} equals {source}: {report.shards} shards, {report.tensors} tensors, {gib(report.bytes)}")
+    quantized = f" ({report.quantized} of them quantized)" if report.quantized else ""
+    what = f"{report.shards} shards, {report.tensors} tensors{quantized}, {gib(report.bytes)}"
+    typer.echo(f"{store} equals {source}: {what}")
 
 
 def parse_weights(text: str) -> Placement:

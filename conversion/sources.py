@@ -19,12 +19,15 @@ from flexgen_hf.checkpoints import (
     index_files,
     match,
     plan_shards,
+    planned_quantizing,
     refuse_quantized,
     source_fingerprint,
     target_dtype,
 )
 from flexgen_hf.errors import ConversionError, StoreError, UnsupportedModelError
+from flexgen_hf.policy import Compression
 from flexgen_hf.weights.format import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME
+from flexgen_hf.weights.quantized import Method, Quantizing
 from flexgen_hf.weights.writer import JOURNAL_NAME, Origin, ShardPlan
 
 from . import metaseq, numpy_folder
@@ -86,10 +89,22 @@ class Source:
     dtype: torch.dtype
     companions: Mapping[str, bytes | Path]
 
-    def plans(self) -> list[ShardPlan]:
-        """The shards of its store."""
+    def plans(self, quantizing: Mapping[str, Quantizing] | None = None) -> list[ShardPlan]:
+        """The shards of its store.
+
+        Args:
+            quantizing: how those tensors are quantized that are to be, by name.
+        """
         dtypes = {name: target_dtype(self.model, name, self.dtype) for name in self.tensors}
-        return plan_shards(describe(self.model), self.tensors, dtypes)
+        return plan_shards(describe(self.model), self.tensors, dtypes, quantizing)
+
+    def quantizing(self, compression: Compression, method: Method) -> dict[str, Quantizing]:
+        """How each tensor is to be quantized, of those that are to be.
+
+        Raises:
+            PolicyError: no such method.
+        """
+        return planned_quantizing(describe(self.model), self.tensors, compression, method)
 
 
 def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
@@ -141,6 +156,8 @@ def _hugging_face(name: str, revision: str | None, folder: Path, options: Source
     refuse_quantized(config)
     files = weight_files(folder)
     found = index_files(files)
+    if any(tensor.quantized is not None for tensor in found.values()):
+        raise ConversionError(f"{folder} is a store that is quantized already; convert the checkpoint it was made from")
     dtype = options.dtype or _own_dtype(config, found)
     model = meta_model(config, dtype, options.trust_remote_code)
     text = _read_json(folder / "config.json")

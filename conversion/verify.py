@@ -1,17 +1,24 @@
-"""Proves that a store is what its source is: every shard's hash, then every element of every tensor."""
+"""Proves that a store is what its source is: every shard's hash, then every element of every tensor.
+
+A quantized tensor is quantized once more from its source: its parts must come out bit for bit. With the method min-max,
+every element that it stands for must moreover lie within half a step of its source's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
 
 from flexgen_hf.errors import StoreError
+from flexgen_hf.quantization import dispatch
+from flexgen_hf.quantization.groupwise import Quantized
 from flexgen_hf.weights.format import Manifest, TensorExtent, read_header
 from flexgen_hf.weights.pieces import PIECE_BYTES, dtype_name, pieces_of_extent
+from flexgen_hf.weights.quantized import Quantization, QuantizedExtent, Quantizing
 from flexgen_hf.weights.writer import Progress, TensorPlan
 
 from .sources import SourceOptions, open_source, parse_dtype
@@ -25,13 +32,15 @@ class VerifyReport:
 
     Args:
         shards: files whose hash is the manifest's.
-        tensors: tensors that are bit for bit what the source gives in the store's dtype.
+        tensors: tensors that are bit for bit what the source gives in the store's dtype, or quantized.
         bytes: their size.
+        quantized: how many of the tensors are quantized.
     """
 
     shards: int
     tensors: int
     bytes: int
+    quantized: int = 0
 
 
 def verify(
@@ -65,16 +74,24 @@ def verify(
             revision=options.revision or manifest.revision,
         ),
     )
-    plans = {tensor.name: tensor for shard in opened.plans() for tensor in shard.tensors}
+    quantization = Quantization.of(manifest, store)
+    formats = quantization.formats() if quantization is not None else {}
+    how = {name: Quantizing(fmt, quantization.method) for name, fmt in formats.items()} if quantization else {}
+    plans = {tensor.name: tensor for shard in opened.plans(how) for tensor in shard.tensors}
     meter = _Meter(2 * sum(shard.bytes for shard in manifest.shards), progress)
     extents: dict[str, TensorExtent] = {}
     for shard in manifest.shards:
         _check_hash(store / shard.file, shard.sha256, meter)
         extents.update(read_header(store / shard.file))
-    _check_names(store, extents, plans)
+    quantized = quantization.join(store, extents) if quantization is not None else {}
+    _check_names(store, extents, {name for plan in plans.values() for name, _, _ in plan.entries})
     for name, plan in plans.items():
-        _check_tensor(plan, extents[name], meter)
-    return VerifyReport(len(manifest.shards), len(extents), sum(extent.nbytes for extent in extents.values()))
+        if name in quantized:
+            _check_quantized(plan, quantized[name], meter)
+        else:
+            _check_tensor(plan, extents[name], meter)
+    size = sum(extent.nbytes for extent in extents.values())
+    return VerifyReport(len(manifest.shards), len(plans), size, len(quantized))
 
 
 class _Meter:
@@ -100,10 +117,10 @@ def _check_hash(path: Path, expected: str, meter: _Meter) -> None:
         )
 
 
-def _check_names(store: Path, extents: Mapping[str, TensorExtent], plans: Mapping[str, TensorPlan]) -> None:
-    if missing := sorted(plans.keys() - extents.keys()):
+def _check_names(store: Path, extents: Mapping[str, TensorExtent], expected: Set[str]) -> None:
+    if missing := sorted(expected - extents.keys()):
         raise StoreError(f"{store} lacks tensor {missing[0]!r}, which its source has ({len(missing)} in all)")
-    if strange := sorted(extents.keys() - plans.keys()):
+    if strange := sorted(extents.keys() - expected):
         raise StoreError(f"{store} has tensor {strange[0]!r}, which its source has not ({len(strange)} in all)")
 
 
@@ -120,6 +137,58 @@ def _check_tensor(plan: TensorPlan, extent: TensorExtent, meter: _Meter) -> None
             raise StoreError(_difference(plan, at, actual, expected))
         at += expected.numel()
         meter.add(expected.numel() * expected.element_size())
+
+
+def _check_quantized(plan: TensorPlan, extent: QuantizedExtent, meter: _Meter) -> None:
+    if extent.shape != plan.shape:
+        raise StoreError(
+            f"tensor {plan.name!r} has shape {list(extent.shape)} in the store, {list(plan.shape)} in the source"
+        )
+    assert plan.quantizing is not None
+    readers = [(part, _Reader(part)) for part in extent.parts]
+    row = 0
+    for chunk in plan.chunks():
+        count = chunk.shape[0]
+        codes, scales, minima = (
+            reader.next(part.shape[-1] * count).view(count, part.shape[-1]) for part, reader in readers
+        )
+        stored = Quantized(codes, scales, minima, tuple(chunk.shape))
+        _check_rows(plan, plan.quantizing, stored, chunk, row)
+        row += count
+        meter.add(stored.nbytes)
+
+
+def _check_rows(plan: TensorPlan, how: Quantizing, stored: Quantized, source: torch.Tensor, row: int) -> None:
+    """Compares some rows of a quantized tensor, the first of which is `row`, with the source's."""
+    if how.method == "minmax":
+        _check_error(plan, how, stored, source, row)
+    again = how.run(plan.name, source.shape[0], [source])
+    for part in ("scales", "minima", "codes"):
+        is_other = (_rows(getattr(stored, part)) != _rows(getattr(again, part))).any(dim=1)
+        if is_other.any():
+            raise StoreError(
+                f"tensor {plan.name!r} is not what quantizing its source gives: {part} differ first in row "
+                f"{row + int(is_other.nonzero()[0])}; convert again with --force"
+            )
+
+
+def _check_error(plan: TensorPlan, how: Quantizing, stored: Quantized, source: torch.Tensor, row: int) -> None:
+    half_step = torch.repeat_interleave(stored.scales.float() / 2, how.format.group_size, dim=1)[:, : source.shape[1]]
+    error = (dispatch.dequantize(stored, how.format, torch.float32) - source.float()).abs()
+    # float32 rounds while subtracting, multiplying and adding: a few units in the last place of the largest number
+    allowed = half_step * (1 + 1e-5) + source.float().abs().amax(dim=1, keepdim=True) * 1e-6
+    is_wrong = ~(error <= allowed).all(dim=1)
+    if is_wrong.any():
+        at = int(is_wrong.nonzero()[0])
+        column = int((~(error[at] <= allowed[at])).nonzero()[0])
+        raise StoreError(
+            f"tensor {plan.name!r} errs by {error[at, column].item():.3g} in row {row + at}, column {column}, where "
+            f"half a step is {half_step[at, column].item():.3g}; convert again with --force"
+        )
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(torch.uint8)
 
 
 class _Reader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -92,6 +93,22 @@ class Structure:
             for name, module in self.model.named_modules()
             if not (name + ".").startswith(self.layers_name + ".") and owns_state(module)
         ]
+
+    def tables(self, held: Collection[str]) -> dict[str, int]:
+        """The tables of embedding and head, with the stage that uses each first.
+
+        Args:
+            held: the names under which tensors are stored; a tied one has others besides.
+        """
+        model: Any = self.model
+        modules = {0: model.get_input_embeddings(), self.head_stage: model.get_output_embeddings()}
+        found: dict[str, int] = {}
+        for stage, module in modules.items():
+            weight = getattr(module, "weight", None)
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if parameter is weight and name in held:
+                    found.setdefault(name, stage)
+        return found
 
     def locate(self, tensor_name: str) -> tuple[int, str]:
         """Stage and part (`"embedding"`, `"attention"`, `"mlp"`, `"experts"` or `"head"`) of a state-dict name."""

@@ -23,10 +23,13 @@ from typing import Any
 import torch
 
 from .architectures import Structure
+from .compression import weight_formats
 from .errors import StoreError, UnsupportedModelError
+from .policy import Compression
 from .storage.ledger import gib
-from .weights.format import TensorExtent, read_header
+from .weights.format import Manifest, TensorExtent, is_store, read_header
 from .weights.pieces import pieces_of_extent, pieces_of_tensor, read_extent, torch_dtype
+from .weights.quantized import Method, Quantization, QuantizedExtent, Quantizing, part_names
 from .weights.writer import ShardPlan, TensorPlan
 
 __all__ = [
@@ -35,9 +38,11 @@ __all__ = [
     "load_pickle",
     "match",
     "plan_shards",
+    "planned_quantizing",
     "read_checkpoint",
     "refuse_quantized",
     "source_fingerprint",
+    "stores_of",
     "target_dtype",
 ]
 
@@ -53,12 +58,21 @@ class CheckpointTensor:
         dtype: its element type as `load` gives it; for an extent, the type in the file.
         load: gives the whole tensor, each time anew.
         extent: its bytes in a file, where they lie there as they are; else `None` (pickles, fused tensors).
+        quantized: its parts in a store's shard, if it is quantized there; `load` then dequantizes it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
     extent: TensorExtent | None = None
+    quantized: QuantizedExtent | None = None
+
+    @classmethod
+    def of_stored(cls, extent: TensorExtent | QuantizedExtent, dtype: torch.dtype) -> CheckpointTensor:
+        """A tensor that lies in a file as it is, or quantized; then `load` gives it as `dtype`."""
+        if isinstance(extent, TensorExtent):
+            return cls.of_extent(extent)
+        return cls(extent.shape, dtype, functools.partial(extent.dequantize, dtype), quantized=extent)
 
     @classmethod
     def of_extent(cls, extent: TensorExtent) -> CheckpointTensor:
@@ -136,7 +150,10 @@ def source_fingerprint(files: Iterable[Path]) -> str:
 
 
 def plan_shards(
-    structure: Structure, tensors: Mapping[str, CheckpointTensor], dtypes: Mapping[str, torch.dtype]
+    structure: Structure,
+    tensors: Mapping[str, CheckpointTensor],
+    dtypes: Mapping[str, torch.dtype],
+    quantizing: Mapping[str, Quantizing] | None = None,
 ) -> list[ShardPlan]:
     """Sorts tensors into shards: one part of one stage each, in the order of the model.
 
@@ -144,19 +161,36 @@ def plan_shards(
         structure: the model's stages.
         tensors: state-dict name to tensor.
         dtypes: state-dict name to the type in which it is to be stored.
+        quantizing: how those are quantized that are to be.
     """
     shards: dict[tuple[int, str], list[TensorPlan]] = defaultdict(list)
     for name, tensor in tensors.items():
-        plan = TensorPlan(name, dtypes[name], tensor.shape, tensor.load, tensor.extent)
+        how = (quantizing or {}).get(name)
+        plan = TensorPlan(name, dtypes[name], tensor.shape, tensor.load, tensor.extent, how)
         shards[structure.locate(name)].append(plan)
     return [ShardPlan(stage, part, tuple(shards[stage, part])) for stage, part in sorted(shards)]
+
+
+def planned_quantizing(
+    structure: Structure, tensors: Mapping[str, CheckpointTensor], compression: Compression, method: Method = "search"
+) -> dict[str, Quantizing]:
+    """How each tensor is to be quantized, by state-dict name; see `compression.weight_formats`."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype.is_floating_point}
+    formats = weight_formats(structure, shapes, compression)
+    return {name: Quantizing(fmt, method) for name, fmt in formats.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ reading files
 
 
+def stores_of(files: Iterable[Path]) -> list[Path]:
+    """The folders of the stores whose shards are among a checkpoint's files."""
+    folders = dict.fromkeys(file.parent.parent for file in files if file.parent.name == "shards")
+    return [folder for folder in folders if is_store(folder)]
+
+
 def index_files(files: Sequence[Path]) -> dict[str, CheckpointTensor]:
-    """The tensors of a checkpoint's files under the names they have there.
+    """The tensors of a checkpoint's files under the names they have there; the parts of a quantized one as one.
 
     Raises:
         StoreError: a file is missing, broken, or a pickle that holds more than tensors.
@@ -167,7 +201,22 @@ def index_files(files: Sequence[Path]) -> dict[str, CheckpointTensor]:
             found.update((name, CheckpointTensor.of_extent(extent)) for name, extent in read_header(file).items())
         else:
             found.update(_index_pickle(file))
+    for folder in stores_of(map(Path, files)):
+        _join_quantized(folder, found)
     return found
+
+
+def _join_quantized(folder: Path, found: dict[str, CheckpointTensor]) -> None:
+    manifest = Manifest.load(folder)
+    quantization = Quantization.of(manifest, folder)
+    if quantization is None:
+        return
+    extents = {name: tensor.extent for name, tensor in found.items() if tensor.extent is not None}
+    dtype = getattr(torch, manifest.dtype, torch.float32)
+    for name, extent in quantization.join(folder, extents).items():
+        for part in part_names(name):
+            del found[part]
+        found[name] = CheckpointTensor.of_stored(extent, dtype)
 
 
 def load_pickle(path: Path) -> Any:

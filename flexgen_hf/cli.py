@@ -101,6 +101,10 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         bool | None,
         typer.Option("--overlap/--no-overlap", help="Move data while computing.", show_default="overlap"),
     ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(help='Quantize, for example `{"weights": 4}`; a checkpoint is converted once for it.'),
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Limit of each tier, for example `0=14GiB,cpu=180GiB,disk=1TiB`.")
     ] = None,
@@ -126,6 +130,7 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     prompts = read_prompts(prompt or [], prompts_file)
     loading = _given(
         policy=parse_policy(policy, percent, batch_size=batch_size, num_batches=num_batches, overlap=overlap),
+        compression=compression,
         max_memory=parse_max_memory(max_memory) if max_memory else None,
         offload_folder=str(offload_folder) if offload_folder else None,
         dtype=dtype,

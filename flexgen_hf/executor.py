@@ -141,6 +141,7 @@ class Executor:
         self._uses = {lane.value: LaneUse() for lane in Lane}
         self.space.ledger.reset_peaks()
         self.weights.casts.clear()
+        self.weights.dequantizations.clear()
         self._loads.clear()
         self._installs.clear()
         self.last_run = RunReport(policy=self.policy, lanes=self._uses)
@@ -159,19 +160,19 @@ class Executor:
         self._cache = None
         self._tiles.release()
         self._drop_hidden()
-        self.last_run.upcasts = self._upcasts()
+        self.last_run.upcasts = self._counted(self.weights.casts)
+        self.last_run.dequantizations = self._counted(self.weights.dequantizations)
         self.last_run.elapsed_s = time.perf_counter() - self._started
         self.last_run.peak_bytes = self.space.ledger.peaks()
         self.last_run.peak_rss_bytes = peak_rss_bytes()
         self.last_run.notes += self.weights.notes
 
-    def _upcasts(self) -> dict[str, int]:
-        """How many tensors were cast to the dtype of compute in this session, and how often one at most per load."""
+    def _counted(self, made: collections.Counter[str]) -> dict[str, int]:
+        """How many tensors were cast, or dequantized, in this session, and how often one at most per load."""
         stages = {tensor.name: tensor.stage for tensor in self.weights.stored}
-        casts = self.weights.casts
-        used = {name: max(1, self._loads[stages[name]], self._installs[stages[name]]) for name in casts}
-        most = max((-(-count // used[name]) for name, count in casts.items()), default=0)
-        return {"tensors": casts.total(), "per_stage_and_sweep": most}
+        used = {name: max(1, self._loads[stages[name]], self._installs[stages[name]]) for name in made}
+        most = max((-(-count // used[name]) for name, count in made.items()), default=0)
+        return {"tensors": made.total(), "per_stage_and_sweep": most}
 
     def _abort(self) -> None:
         """Stops the lanes where they are and forgets what was on its way."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +35,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import attention
 from .accounting import shape_of
 from .architectures import Structure, describe, is_tested
-from .checkpoints import CheckpointTensor, plan_shards, read_checkpoint, source_fingerprint, target_dtype
+from .checkpoints import (
+    CheckpointTensor,
+    index_files,
+    plan_shards,
+    planned_quantizing,
+    read_checkpoint,
+    source_fingerprint,
+    stores_of,
+    target_dtype,
+)
 from .errors import PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .modeling import attach
 from .planning.budget import Call, Demand, Limit, alternatives, difference, fits, rings_of, totals
 from .planning.placement import assign
 from .policy import Compression, Placement, Policy, Tier
+from .quantization.groupwise import GroupFormat
 from .storage.buffers import return_freed_memory
 from .storage.files import check_offload_folder
 from .storage.ledger import Ledger
 from .storage.workspace import EMULATED, Workspace
-from .weights.format import FORMAT_VERSION, Manifest, TensorExtent, is_store, read_header
+from .weights.format import FORMAT_VERSION, Manifest, TensorExtent
+from .weights.quantized import LAYOUT_VERSION, QuantizedExtent, Quantizing
 from .weights.store import StoredTensor, WeightStore
 from .weights.writer import Origin, write_store
 
@@ -110,7 +123,7 @@ class FlexGenConfig(QuantizationConfigMixin):
         policy: a Policy, its dict, JSON text or file, or the original's six percentages; None fills the fastest tiers.
         batch_size: overrides the policy's.
         num_batches: overrides the policy's.
-        compression: "4bit", a Compression or its dict, or None.
+        compression: a Compression, its dict or JSON, "4bit" (weights and cache), or None.
         max_memory: bytes (or "14GiB") for 0 (the device), "cpu" and "disk".
         offload_folder: where cells and hidden states on disk go, and converted weights.
         device: where to compute; by default the accelerator, else the CPU.
@@ -186,12 +199,7 @@ class FlexGenHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UnsupportedModelError("flexgen_hf loads checkpoints from files; a state_dict cannot be streamed")
         options = self.quantization_config
-        asked = [Compression.of(options.compression)]
-        asked += [_policy(options).compression] if options.policy is not None else []
-        if any(compression.weights is not None for compression in asked):
-            raise UnsupportedModelError(
-                "compression of weights is not available in this version; leave it out, or give Compression(cache=4)"
-            )
+        compression = _compression(options)
         self._structure = describe(model)
         if not is_tested(model.config.model_type):
             logger.warning(
@@ -205,7 +213,7 @@ class FlexGenHfQuantizer(HfQuantizer):
         folder = _offload_folder(options)
         with torch.device("cpu"):  # transformers calls this where new tensors would be made on "meta"
             found = read_checkpoint(model, files, dtype)
-            extents = _with_extents(found, self._structure, files, dtype or model.dtype, folder)
+            extents = _Checkpoint(self._structure, found, files, dtype or model.dtype).extents(compression, folder)
         self._tensors = [
             StoredTensor(name, self._structure.locate(name)[0], extent, target_dtype(model, name, dtype or model.dtype))
             for name, extent in extents.items()
@@ -241,27 +249,90 @@ class FlexGenHfQuantizer(HfQuantizer):
 # ------------------------------------------------------------------------------------------------- the checkpoint
 def _check_store(files: Sequence[Path]) -> None:
     """A store of ours says what its shards must be like; a shard that is not is refused before anything is read."""
-    for folder in {file.parent.parent for file in files if file.parent.name == "shards"}:
-        if is_store(folder):
-            Manifest.load(folder).check_files(folder)
+    for folder in stores_of(files):
+        Manifest.load(folder).check_files(folder)
 
 
-def _with_extents(
-    found: Mapping[str, CheckpointTensor], structure: Structure, files: Sequence[Path], dtype: torch.dtype, folder: Path
-) -> dict[str, TensorExtent]:
-    """Where each tensor's bytes lie. A checkpoint whose bytes do not lie in safetensors as needed is converted once."""
-    extents = {name: tensor.extent for name, tensor in found.items() if tensor.extent is not None}
-    if len(extents) == len(found):
-        return extents
-    fingerprint = source_fingerprint(files)
-    label = re.sub(r"\W+", "-", str(getattr(structure.model.config, "name_or_path", ""))).strip("-")[-60:]
-    out = folder / f"converted-{label}-{fingerprint[:12]}-{str(dtype).removeprefix('torch.')}"
-    logger.info("%d tensors cannot be used where they lie; converting once into %s", len(found) - len(extents), out)
-    dtypes = {name: target_dtype(structure.model, name, dtype) for name in found}
-    plans = plan_shards(structure, found, dtypes)
-    origin = Origin(str(files[0].parent), None, str(dtype).removeprefix("torch."), fingerprint)
-    manifest = write_store(out, plans, origin)
-    return {name: extent for shard in manifest.shards for name, extent in read_header(out / shard.file).items()}
+def _compression(options: FlexGenConfig) -> Compression:
+    """What is asked for by itself, or else by the policy."""
+    given = options.compression
+    if given is None and options.policy is not None:
+        given = _policy(options).compression
+    return Compression.of(given)
+
+
+class _Checkpoint:
+    """A model's tensors in their files, and what has to be done before they can be used there."""
+
+    def __init__(
+        self, structure: Structure, found: Mapping[str, CheckpointTensor], files: Sequence[Path], dtype: torch.dtype
+    ) -> None:
+        self._structure, self._found, self._files, self._dtype = structure, found, files, dtype
+
+    def extents(self, compression: Compression, folder: Path) -> dict[str, TensorExtent | QuantizedExtent]:
+        """Where each tensor's bytes lie. A checkpoint whose bytes do not lie in files as needed is converted once.
+
+        Args:
+            compression: what was asked for.
+            folder: for what is converted.
+
+        Raises:
+            PolicyError: the checkpoint is quantized in another way than was asked for.
+        """
+        wanted = planned_quantizing(self._structure, self._found, compression) if compression.of_weights else {}
+        stored = {name: t.quantized.format for name, t in self._found.items() if t.quantized is not None}
+        if stored and compression.of_weights:
+            _refuse_other_formats({name: how.format for name, how in wanted.items()}, stored)
+        lying = {name: t.quantized or t.extent for name, t in self._found.items()}
+        extents = {name: extent for name, extent in lying.items() if extent is not None}
+        if len(extents) == len(lying) and (stored or not wanted):
+            return extents
+        return self._converted(folder, wanted)
+
+    def _converted(
+        self, folder: Path, quantizing: Mapping[str, Quantizing]
+    ) -> dict[str, TensorExtent | QuantizedExtent]:
+        fingerprint = source_fingerprint(self._files)
+        dtype = str(self._dtype).removeprefix("torch.")
+        label = re.sub(r"\W+", "-", str(getattr(self._structure.model.config, "name_or_path", ""))).strip("-")[-60:]
+        out = folder / f"converted-{label}-{fingerprint[:12]}-{dtype}{_key(quantizing)}"
+        what = f"quantizing {len(quantizing)} tensors" if quantizing else "what cannot be used where it lies"
+        logger.info("converting once into %s: %s", out, what)
+        plans = plan_shards(self._structure, self._found, self._dtypes(bool(quantizing)), quantizing)
+        write_store(out, plans, Origin(str(self._files[0].parent), None, dtype, fingerprint))
+        shards = [out / shard.file for shard in Manifest.load(out).shards]
+        found = {name: t.quantized or t.extent for name, t in index_files(shards).items()}
+        return {name: extent for name, extent in found.items() if extent is not None}
+
+    def _dtypes(self, is_quantized: bool) -> dict[str, torch.dtype]:
+        """In which type each tensor is stored: that of the model, or beside quantized ones that of the checkpoint."""
+        dtypes = {name: target_dtype(self._structure.model, name, self._dtype) for name in self._found}
+        if is_quantized:
+            dtypes |= {name: tensor.dtype for name, tensor in self._found.items() if tensor.dtype.itemsize < 4}
+        return dtypes
+
+
+def _key(quantizing: Mapping[str, Quantizing]) -> str:
+    """What tells stores of one checkpoint under different compressions apart, for the name of a folder."""
+    if not quantizing:
+        return ""
+    bits = {how.format.bits for how in quantizing.values()}
+    how = [LAYOUT_VERSION, *((n, q.format.bits, q.format.group_size, q.method) for n, q in sorted(quantizing.items()))]
+    digest = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:8]
+    return f"-{'-'.join(map(str, sorted(bits)))}bit-{digest}"
+
+
+def _refuse_other_formats(wanted: Mapping[str, GroupFormat], stored: Mapping[str, GroupFormat]) -> None:
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
+            asked, has = (
+                "as it is" if fmt is None else f"in {fmt.bits} bits, groups of {fmt.group_size}"
+                for fmt in (wanted.get(name), stored.get(name))
+            )
+            raise PolicyError(
+                f"compression: {name} was asked for {asked}, but the store has it {has}; leave compression out, or "
+                "load the checkpoint that the store was made from"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
@@ -276,15 +347,15 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     limits, shared = _limits(options, device)
     ledger = Ledger(limits, shared=shared)
     given = _policy(options) if options.policy is not None else None
-    compression = (given or Policy()).compression if options.compression is None else options.compression
+    compression = _compression(options)
     space = Workspace(ledger, device, _offload_folder(options), rings_of(given or Policy()))
     if space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
         return_freed_memory()
     one_batch = (given.num_batches if given is not None else options.num_batches) == 1
     place = functools.partial(_store, structure, tensors, space, one_batch=one_batch)
-    demand = _demand(model, structure, tensors, space, Compression.of(compression), place)
+    demand = _demand(model, structure, tensors, space, compression, place)
     policy = given or _default_policy(demand, options, [*ledger.limits(), *_free_memory(ledger, device)], model.config)
-    policy = policy.replace(compression=Compression.of(compression))
+    policy = policy.replace(compression=compression)
     if policy.host_attention and not space.is_direct:  # on a CPU, cells on the host are attended to there anyway
         attention.check_supported(model)
         model.set_attn_implementation(attention.NAME)
@@ -306,7 +377,7 @@ def _store(
     structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, placement: Placement, *, one_batch: bool
 ) -> WeightStore:
     """The weights as they would be placed; nothing is read or allocated yet."""
-    tables = _streamable_outer(structure, {t.name for t in tensors})
+    tables = structure.tables({t.name for t in tensors})
     streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
     fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
     homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
@@ -328,7 +399,7 @@ def _demand(
     place: Callable[[Placement], WeightStore],
 ) -> Demand:
     """What the model takes of each tier under any policy with the same rings."""
-    tables = _streamable_outer(structure, {t.name for t in tensors})
+    tables = structure.tables({t.name for t in tensors})
     casts_head = space.is_direct and any(t.is_cast for t in tensors if t.name in tables)
     dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
     hidden = int(model.config.get_text_config(decoder=True).hidden_size)
@@ -351,24 +422,6 @@ def _what_fits(demand: Demand, policy: Policy, limits: Sequence[Limit]) -> str:
     """The end of a refusal to load: the largest shares of weights that fit."""
     found = alternatives(policy, lambda other: fits(totals(demand.weights(other.weights)), limits), blocks=False)
     return f"; fits with {difference(policy, found[0])}" if found else "; no placement of the weights fits"
-
-
-def _streamable_outer(structure: Structure, held: Set[str]) -> dict[str, int]:
-    """The embedding table and the head's, with the stage that uses each; other tensors outside the layers are small.
-
-    Args:
-        structure: the model's stages.
-        held: the names under which tensors are stored; a tied one has others besides.
-    """
-    model: Any = structure.model
-    modules = {0: model.get_input_embeddings(), structure.head_stage: model.get_output_embeddings()}
-    tables: dict[str, int] = {}
-    for stage, module in modules.items():
-        weight = getattr(module, "weight", None)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter is weight and name in held:
-                tables.setdefault(name, stage)
-    return tables
 
 
 def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> list[StoredTensor]:

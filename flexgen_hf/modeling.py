@@ -76,8 +76,10 @@ class FlexGenForCausalLM(FixedWeights):
         Args:
             pretrained_model_name_or_path: Hub id or folder, as transformers takes it.
             policy: a `Policy`, its dict, JSON text or file, or six percentages; None fills the fastest tiers first.
-            compression: in this version of the cache alone. `Compression(cache=4)` (or 2, 3, 8) keeps keys and values
-                in groups along head_dim, each with a scale and a minimum of 16 bits; `Compression(cache=16)` in float16
+            compression: a `Compression`, its dict or JSON, or `"4bit"` for weights and cache. With `weights` (or
+                `tables`, or `patterns`), a checkpoint that is not quantized is converted once into `offload_folder`; a
+                quantized store needs none, and refuses another one. With `cache=4` (or 2, 3, 8), keys and values are
+                kept in groups along head_dim, each with a scale and a minimum of 16 bits; with `cache=16` in float16
                 where compute uses float32. Values above 65504 are refused in groups, and overflow in float16.
             max_memory: the most each tier may hold, e.g. `{0: "14GiB", "cpu": "180GiB", "disk": "1TiB"}`; 0 is the
                 device. On a machine without accelerator "cpu" limits device and host together, and the C library is
@@ -267,7 +269,7 @@ class FlexGenForCausalLM(FixedWeights):
         raise UnsupportedModelError("generate_batch (continuous batching) bypasses forward; use generate")
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, **kwargs: Any) -> None:
-        """Writes a store, which both this package and plain transformers load.
+        """Writes a store, which both this package and plain transformers load; what is quantized is dequantized for it.
 
         Args:
             save_directory: the folder; a store that is there already is replaced.
@@ -286,7 +288,7 @@ class FlexGenForCausalLM(FixedWeights):
         files = {tensor.extent.file for tensor in stored}
         if any(out in file.resolve().parents for file in files):
             raise ConversionError(f"the model is loaded from {str(out)!r}; save it to another folder")
-        tensors = {tensor.name: CheckpointTensor.of_extent(tensor.extent) for tensor in stored}
+        tensors = {tensor.name: CheckpointTensor.of_stored(tensor.extent, self.dtype) for tensor in stored}
         held = self.state_dict()  # type: ignore[attr-defined]
         plans = plan_shards(self._executor.structure, tensors, {name: held[name].dtype for name in tensors})
         dtype = str(self.dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import fnmatch
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -93,6 +94,30 @@ class Placement:
         return {tier.value: self.share(tier) for tier in Tier}
 
 
+# bits of an element of quantized tensors
+_WIDTHS = (2, 3, 4, 8)
+
+
+def _check_bits(field: str, bits: Any, known: tuple[int, ...]) -> None:
+    if bits is not None and (isinstance(bits, bool) or bits not in known):
+        exist = ", ".join(map(str, known))
+        raise PolicyError(f"compression: {field}={bits!r} bits do not exist; use {exist} or None for no change")
+
+
+def _checked_patterns(patterns: Any) -> tuple[tuple[str, int | None], ...]:
+    """Pairs of a pattern and its bits, of which the first that fits counts, so each pattern is there once."""
+    pairs = patterns.items() if isinstance(patterns, Mapping) else patterns
+    try:
+        found = dict(pairs)
+    except (TypeError, ValueError):
+        found = {None: None}
+    for name, bits in found.items():
+        if not isinstance(name, str) or not name:
+            raise PolicyError(f"compression: patterns={patterns!r} are not names with bits; use {{'*.fc2': 8}}")
+        _check_bits(f"patterns[{name!r}]", bits, _WIDTHS)
+    return tuple(found.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class Compression:
     """Group quantization of weights and cache, each on its own; or a cache in 16 bit under compute in 32.
@@ -102,34 +127,54 @@ class Compression:
 
     Args:
         weights: bits per element of decoder-layer matrices (2, 3, 4 or 8), or `None` for those of the checkpoint.
+            Norms, biases and small matrices (of routers, say) keep theirs.
         cache: bits per element of keys and values (2, 3, 4, 8 or 16), or `None` for those of compute.
         group_size: elements that share a scale and a minimum.
+        tables: bits per element of the tables of embedding and head; `None` leaves them as they are.
+        patterns: widths, or `None`, for matrices by name: a mapping of patterns, as in file names, to bits, or pairs of
+            them. A pattern is compared with the name of the tensor and with that of its module; the first one that fits
+            wins over `weights` and `tables`.
 
     Raises:
-        PolicyError: a width that does not exist, or a group size that is not a positive multiple of 8.
+        PolicyError: a width that does not exist, a group size that is not a positive multiple of 8, a pattern that is
+            no text.
+
+    >>> Compression(weights=4, patterns={"*.fc2": 8}).bits("model.layers.3.fc2.weight", 4)
+    8
     """
 
     weights: int | None = None
     cache: int | None = None
     group_size: int = 64
+    tables: int | None = None
+    patterns: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
 
     def __post_init__(self) -> None:
-        widths = {"weights": (2, 3, 4, 8), "cache": (2, 3, 4, 8, 16)}
-        for field, known in widths.items():
-            bits = getattr(self, field)
-            if bits is not None and (isinstance(bits, bool) or bits not in known):
-                exist = ", ".join(map(str, known))
-                raise PolicyError(f"compression: {field}={bits!r} bits do not exist; use {exist} or None for no change")
+        for field, known in {"weights": _WIDTHS, "cache": (*_WIDTHS, 16), "tables": _WIDTHS}.items():
+            _check_bits(field, getattr(self, field), known)
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % 8:
             raise PolicyError(f"compression: group_size={size!r} must be a positive multiple of 8, e.g. 64")
+        object.__setattr__(self, "patterns", _checked_patterns(self.patterns))
 
     def __bool__(self) -> bool:
-        return self.weights is not None or self.cache is not None
+        return self.of_weights or self.cache is not None
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether any weights may be quantized."""
+        return any(bits is not None for bits in (self.weights, self.tables, *dict(self.patterns).values()))
+
+    def bits(self, name: str, otherwise: int | None) -> int | None:
+        """The width of a matrix: that of the first pattern that fits its name, or what is given for all."""
+        for pattern, bits in dict(self.patterns).items():
+            if any(fnmatch.fnmatchcase(text, pattern) for text in (name, name.rpartition(".")[0])):
+                return bits
+        return otherwise
 
     @classmethod
     def of(cls, value: Compression | Mapping[str, Any] | str | None) -> Compression:
-        """Reads what a user may write: a `Compression`, its dict, `"4bit"` (weights and cache) or `None`."""
+        """Reads what a user may write: a `Compression`, its dict or JSON, `"4bit"` (weights and cache) or `None`."""
         if value is None:
             return cls()
         if isinstance(value, Compression):
@@ -137,12 +182,14 @@ class Compression:
         if isinstance(value, str):
             if value in ("2bit", "3bit", "4bit", "8bit"):
                 return cls(weights=int(value[0]), cache=int(value[0]))
-            raise PolicyError(f"compression: {value!r} is unknown; use '4bit', a Compression, or None")
+            if value.lstrip().startswith("{"):
+                return cls.of(_parse_object(value, "compression", "Compression"))
+            raise PolicyError(f"compression: {value!r} is unknown; use '4bit', a Compression, its JSON, or None")
         return _build(cls, value, "compression")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `Compression(**d)` is the way back."""
-        return dataclasses.asdict(self)
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "patterns": dict(self.patterns)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +288,7 @@ class Policy:
     @classmethod
     def from_json(cls, text: str) -> Policy:
         """The inverse of `to_json`."""
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PolicyError(f"policy: not JSON ({error}); write one with Policy(...).to_json()") from error
-        if not isinstance(value, dict):
-            raise PolicyError(f"policy: the JSON holds a {type(value).__name__}, not an object with Policy's fields")
-        return cls.from_dict(value)
+        return cls.from_dict(_parse_object(text, "policy", "Policy"))
 
     @classmethod
     def of(cls, value: Policy | Mapping[str, Any] | str | Path, **fields: Any) -> Policy:
@@ -303,6 +344,16 @@ class Policy:
 
 
 _SIX = "give weights, cache and hidden as device and host percent, e.g. '20 80 0 100 0 100'"
+
+
+def _parse_object(text: str, what: str, kind: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PolicyError(f"{what}: not JSON ({error}); write one with json.dumps({kind}(...).to_dict())") from error
+    if not isinstance(value, dict):
+        raise PolicyError(f"{what}: the JSON holds a {type(value).__name__}, not an object with {kind}'s fields")
+    return value
 
 
 def _build(cls: type[_T], value: Mapping[str, Any], what: str) -> _T:

@@ -91,6 +91,7 @@ class RunReport:
         lanes: what each lane did in the whole call, also before the first sweep and after the last one.
         upcasts: casts of stored weights to the dtype of compute: `tensors`, how many there were, and
             `per_stage_and_sweep`, the most often that one tensor was cast in one sweep.
+        dequantizations: of stored weights, counted in the same way.
         elapsed_s: the whole call, sampling included.
         peak_bytes: the most that each tier held in buffers of this package.
         peak_rss_bytes: the most memory the process ever had resident, everything included.
@@ -103,6 +104,7 @@ class RunReport:
     sweeps: list[SweepRecord] = dataclasses.field(default_factory=list)
     lanes: dict[str, LaneUse] = dataclasses.field(default_factory=dict)
     upcasts: dict[str, int] = dataclasses.field(default_factory=dict)
+    dequantizations: dict[str, int] = dataclasses.field(default_factory=dict)
     elapsed_s: float = 0.0
     peak_bytes: dict[Tier, int] = dataclasses.field(default_factory=dict)
     peak_rss_bytes: int = 0
@@ -197,8 +199,7 @@ class RunReport:
         """Plain JSON values.
 
         `rows` are the most sequences in flight together. `sweeps` lists the first 1000 of `num_sweeps`. A lane's
-        `idle_s` is the time in sweeps in which it did nothing. Weights are not quantized in this version, so nothing
-        is said of dequantization.
+        `idle_s` is the time in sweeps in which it did nothing.
         """
         return {
             "prefill_s": self.prefill_s,
@@ -223,7 +224,8 @@ class RunReport:
                 for name, use in self.lanes.items()
             },
             "decode_lanes": {name: _lane(work, self.decode_s) for name, work in self.decode_lanes.items()},
-            "upcasts": {name: self.upcasts.get(name, 0) for name in ("tensors", "per_stage_and_sweep")},
+            "upcasts": _counts(self.upcasts),
+            "dequantizations": _counts(self.dequantizations),
             "peak_bytes": {str(tier): size for tier, size in self.peak_bytes.items()},
             "peak_rss_bytes": self.peak_rss_bytes,
             "placement": {
@@ -290,10 +292,11 @@ class RunReport:
             if use.steps:
                 moved = f", {gib(use.bytes)}" if use.bytes else ""
                 lines.append(f"  {name:<16}{use.busy_s:8.2f} s in {use.steps} steps{moved}")
-        if casts := self.upcasts.get("tensors"):
-            most = self.upcasts["per_stage_and_sweep"]
-            times = {1: "once", 2: "twice"}.get(most, f"{most} times")
-            lines.append(f"casts       {casts} tensors, at most {times} per stage and sweep")
+        for title, made in (("casts", self.upcasts), ("dequantized", self.dequantizations)):
+            if made.get("tensors"):
+                most = made["per_stage_and_sweep"]
+                times = {1: "once", 2: "twice"}.get(most, f"{most} times")
+                lines.append(f"{title:<12}{made['tensors']} tensors, at most {times} per stage and sweep")
         for kind, sizes in self.placement.items():
             total = sum(sizes.values()) or 1
             parts = ", ".join(f"{tier} {gib(size)} ({size / total:.1%})" for tier, size in sizes.items() if size)
@@ -309,6 +312,10 @@ _PROCESS = 1  # there is one in a trace
 def _metadata(what: str, thread: int, **args: Any) -> dict[str, Any]:
     """An event that names or sorts something in a trace."""
     return {"ph": "M", "pid": _PROCESS, "tid": thread, "name": what, "args": args}
+
+
+def _counts(made: dict[str, int]) -> dict[str, int]:
+    return {name: made.get(name, 0) for name in ("tensors", "per_stage_and_sweep")}
 
 
 def _per(amount: float, seconds: float) -> float:

@@ -12,15 +12,21 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from flexgen_hf import FlexGenForCausalLM, Policy
+from flexgen_hf.quantization import groupwise, search
+from flexgen_hf.quantization.groupwise import GroupFormat
+from flexgen_hf.weights.format import Manifest
+from flexgen_hf.weights.quantized import Quantization
 
 __all__ = [
     "BEAMS",
     "GREEDY",
     "SAMPLING",
     "THREE_TIERS",
+    "as_quantized",
     "load_ours",
     "load_plain",
     "put",
+    "quantized_in",
     "ragged",
     "same_tokens",
     "same_values",
@@ -75,6 +81,22 @@ def load_ours(folder: Path, policy: Policy | str = THREE_TIERS, **options: Any) 
     """The model as this package loads it; spill files go into the checkpoint's parent folder."""
     options = {"offload_folder": Path(folder).parent / "offload", **options}
     return FlexGenForCausalLM.from_pretrained(folder, policy=policy, **options)
+
+
+def as_quantized(plain: Any, formats: Mapping[str, GroupFormat]) -> Any:
+    """A model of transformers in float32 with the numbers that the reference makes of its weights in groups."""
+    with torch.no_grad():
+        for name, fmt in formats.items():
+            weight = plain.get_parameter(name)
+            weight.copy_(groupwise.dequantize(search.quantize(weight, fmt), fmt))
+    return plain
+
+
+def quantized_in(store: Path) -> dict[str, GroupFormat]:
+    """What the manifest of a store says is quantized."""
+    quantization = Quantization.of(Manifest.load(store), store)
+    assert quantization is not None
+    return quantization.formats()
 
 
 def put(inputs: Any, device: torch.device | str) -> Any:

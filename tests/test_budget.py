@@ -17,6 +17,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTConfig
 
+from conversion.convert import convert
 from flexgen_hf import CapacityError, Compression, FlexGenForCausalLM, Placement, Policy, Tier, loading
 from flexgen_hf.accounting import Account
 from flexgen_hf.bench import emulated
@@ -49,6 +50,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_16_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its weights are cast on their way."""
     return write_tiny_opt(tmp_path_factory.mktemp("model"), torch.float16)
+
+
+@pytest.fixture(scope="module")
+def quantized(in_16_bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its matrices are dequantized on their way."""
+    out = tmp_path_factory.mktemp("store")
+    convert(in_16_bit, out, compression=Compression(weights=4, group_size=32))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,7 @@ def policies(draw: Any) -> Policy:
 def test_what_is_predicted_is_what_is_taken(  # noqa: PLR0917  fixtures and what is drawn
     checkpoint: Path,
     in_16_bit: Path,
+    quantized: Path,
     offload: Path,
     calls: list[Call],
     policy: Policy,
@@ -115,8 +125,8 @@ def test_what_is_predicted_is_what_is_taken(  # noqa: PLR0917  fixtures and what
     tokens: int,
     new: int,
 ) -> None:
-    """To the byte, on each tier, whatever moves and whatever is cast."""
-    for folder in (checkpoint, in_16_bit):
+    """To the byte, on each tier, whatever moves and whatever is cast or dequantized."""
+    for folder in (checkpoint, in_16_bit, quantized):
         calls.clear()
         with load(folder, offload, policy) as model:
             greedy(model, batch(rows, tokens), new)

@@ -112,11 +112,13 @@ class TestGenerate:
     def test_everything_given_is_passed_on(self, recorded):
         options = "--policy|20 80 0 100 0 100|--batch-size|48|--num-batches|3|--no-overlap|--offload-folder|/o"
         options += "|--max-memory|0=14GiB,cpu=180GiB,disk=1TiB|--dtype|float16|--revision|main"
+        options += '|--compression|{"weights": 4}'
         options += "|--max-new-tokens|5|--num-beams|3|--do-sample|--temperature|0.5|--top-p|0.9|--top-k|7"
         assert run("generate", TINY_OPT, "--prompt", "a", *options.split("|")).exit_code == 0
         (model,) = recorded
         assert model.options == {
             "policy": Policy.parse("20 80 0 100 0 100", batch_size=48, num_batches=3, overlap=False),
+            "compression": '{"weights": 4}',
             "max_memory": {0: "14GiB", "cpu": "180GiB", "disk": "1TiB"},
             "offload_folder": "/o",
             "dtype": "float16",

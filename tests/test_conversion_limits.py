@@ -19,9 +19,11 @@ import torch, transformers
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 from conversion.convert import convert
 import conversion.sources
+from flexgen_hf.quantization import dispatch
 
+dispatch.has_kernels()  # imports a compiler
 with PeakMemory() as memory:
-    convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
+    convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3], compression=sys.argv[4] or None)
 print(memory.before, memory.peak)
 """
 
@@ -34,11 +36,20 @@ LARGEST_TENSOR_BYTES = 50272 * 1024 * 2
 
 @pytest.mark.limits
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "dtype"), [("safetensors", "float16"), ("bin", "float16"), ("bin", "bfloat16")])
-def test_conversion_stays_small(tmp_path, kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "compression"),
+    [
+        ("safetensors", "float16", ""),
+        ("bin", "float16", ""),
+        ("bin", "bfloat16", ""),
+        ("safetensors", "float16", "8bit"),
+        ("bin", "float16", '{"weights": 4, "tables": 8}'),
+    ],
+)
+def test_conversion_stays_small(tmp_path, kind, dtype, compression):
     with memory_limit(560 << 20) as group:
         source = write_random_checkpoint(tmp_path / "source", opt_config(**SHAPE), kind, torch.float16)
-        command = [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "store"), dtype]
+        command = [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "store"), dtype, compression]
         result = run_in(group, command, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     before, peak = map(int, result.stdout.split())

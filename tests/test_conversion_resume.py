@@ -29,21 +29,22 @@ import sys, time
 from pathlib import Path
 from conversion.convert import convert
 
-source, out, stop_at, mark = sys.argv[1:]
+source, out, stop_at, mark, compression = sys.argv[1:]
 
 def progress(done, total):
     if done >= int(stop_at):
         Path(mark).touch()
         time.sleep(600)
 
-convert(source, out, progress=progress)
+convert(source, out, progress=progress, compression=compression)
 """
 
 
-def kill_at(count: int, source: Path, out: Path, mark: Path) -> None:
+def kill_at(count: int, source: Path, out: Path, mark: Path, compression: dict[str, Any] | None = None) -> None:
     """Starts a conversion and kills it once it has written `count` bytes."""
     mark.unlink(missing_ok=True)
     command = [sys.executable, "-c", CONVERT, str(source), str(out), str(count), str(mark)]
+    command.append(json.dumps(compression or {}))
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
             wait_for(lambda: mark.exists() or process.poll() is not None)

@@ -16,7 +16,18 @@ from flexgen_hf.architectures import TESTED
 from flexgen_hf.bench import emulated
 
 from .checkpoints import opt_config
-from .comparison import BEAMS, GREEDY, load_ours, load_plain, ragged, same_tokens, same_values, save_tiny
+from .comparison import (
+    BEAMS,
+    GREEDY,
+    as_quantized,
+    load_ours,
+    load_plain,
+    quantized_in,
+    ragged,
+    same_tokens,
+    same_values,
+    save_tiny,
+)
 
 BASE: dict[str, Any] = {"vocab_size": 96, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": None}
 TINY: dict[str, Any] = {
@@ -89,6 +100,20 @@ def test_the_tokens_of_transformers_on_an_accelerator(checkpoint: Path) -> None:
     """What a family computes aside (positions, biases, masks, windows) is to be where its weights are."""
     with load_ours(checkpoint, device=emulated.install()) as ours:
         same_tokens(load_plain(checkpoint), ours, GREEDY, ragged(), max_new_tokens=8)
+
+
+def test_the_tokens_of_quantized_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever a family calls its matrices, fuses or keeps apart."""
+    compression = {"weights": 4, "group_size": 16}
+    with load_ours(checkpoint, offload_folder=tmp_path, compression=compression) as ours:
+        (store,) = tmp_path.glob("converted-*")
+        plain = as_quantized(load_plain(checkpoint), formats := quantized_in(store))
+        same_tokens(plain, ours, GREEDY, ragged(), max_new_tokens=8)
+        assert ours.last_run.dequantizations["per_stage_and_sweep"] == 1
+    layers = {
+        name: p for name, p in plain.named_parameters() if ours._executor.structure.locate(name)[1] != "embedding"
+    }
+    assert sum(layers[name].numel() for name in formats) > 0.9 * sum(p.numel() for p in layers.values() if p.dim() > 1)
 
 
 @pytest.mark.parametrize("percents", ["0 0 0 0 0 0", "0 100 0 100 0 100"])

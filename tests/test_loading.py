@@ -350,8 +350,6 @@ def test_pipeline_by_name(with_tokenizer: Path, tmp_path: Path, how: str, caplog
         ({"policy": "/nowhere/policy.json"}, PolicyError, "cannot read '/nowhere/policy.json'"),
         ({"batch_size": 0}, PolicyError, "batch_size=0 must be a whole number"),
         ({"num_batches": -1}, PolicyError, "num_batches=-1"),
-        ({"compression": "4bit"}, UnsupportedModelError, "compression of weights is not available in this version"),
-        ({"policy": Policy(compression="4bit")}, UnsupportedModelError, "compression of weights is not available"),  # type: ignore[arg-type]
         ({"compression": "5bit"}, PolicyError, "'5bit' is unknown"),
         ({"max_memory": {"gpu": "1GiB"}}, PolicyError, "'gpu' is no tier"),
         ({"max_memory": {"cpu": "plenty"}}, PolicyError, "'plenty' for 'cpu' is no size"),

@@ -26,6 +26,8 @@ COMPRESSIONS = st.builds(
     weights=st.sampled_from(BITS),
     cache=st.sampled_from([*BITS, 16]),
     group_size=st.sampled_from([8, 32, 64, 128]),
+    tables=st.sampled_from(BITS),
+    patterns=st.dictionaries(st.sampled_from(["*.fc2", "*.q_proj", "*"]), st.sampled_from(BITS)),
 )
 POLICIES = st.builds(
     Policy,
@@ -104,7 +106,24 @@ class TestCompression:
         assert Compression.of("4bit") == four
         assert Compression.of(four) is four
         assert Compression.of({"weights": 4, "cache": 4}) == four
+        assert Compression.of('{"weights": 4, "cache": 4}') == four
         assert Compression.of(None) == Compression()
+        pairs = Compression(patterns=(("*.fc2", 8), ("*.k_proj", None)))
+        assert Compression(patterns={"*.fc2": 8, "*.k_proj": None}) == pairs
+        assert Compression.of(json.loads(json.dumps(pairs.to_dict()))) == pairs
+
+    def test_whether_weights_are_quantized(self):
+        for made in (Compression(weights=4), Compression(tables=8), Compression(patterns={"*.fc2": 8})):
+            assert made
+            assert made.of_weights
+        for made in (Compression(), Compression(cache=4), Compression(patterns={"*": None})):
+            assert not made.of_weights
+
+    def test_the_first_pattern_that_fits_says_the_width(self):
+        made = Compression(weights=4, patterns={"*.fc2": 8, "*.fc?": 3, "*.q_proj.weight": None})
+        names = {"fc2.weight": 8, "fc1.weight": 3, "q_proj.weight": None, "k_proj.weight": 4, "fc2": 8}
+        assert {name: made.bits(f"model.layers.0.{name}", 4) for name in names} == names
+        assert made.bits("model.LAYERS.0.FC2.weight", 2) == 2, "names have their case"
 
     @given(COMPRESSIONS)
     def test_the_dict_is_the_way_back(self, compression):
@@ -122,6 +141,12 @@ class TestCompression:
             ({"group_size": 64.0}, "group_size=64.0 must be a positive multiple of 8"),
             ({"weight": 4}, "unknown field 'weight'; did you mean 'weights'?"),
             ("5bit", "'5bit' is unknown; use '4bit'"),
+            ("{", "compression: not JSON"),
+            ({"tables": 5}, "tables=5 bits do not exist; use 2, 3, 4, 8 or None"),
+            ({"patterns": {"*.fc2": 16}}, "patterns['*.fc2']=16 bits do not exist; use 2, 3, 4, 8 or None"),
+            ({"patterns": {3: 4}}, "patterns={3: 4} are not names with bits; use {'*.fc2': 8}"),
+            ({"patterns": "*.fc2"}, "patterns='*.fc2' are not names with bits"),
+            ({"patterns": 8}, "patterns=8 are not names with bits"),
         ],
     )
     def test_refusals(self, value, words):
@@ -151,7 +176,7 @@ class TestPolicy:
             "batch_size": 8,
             "num_batches": 1,
             "overlap": True,
-            "compression": {"weights": None, "cache": None, "group_size": 64},
+            "compression": {"weights": None, "cache": None, "group_size": 64, "tables": None, "patterns": {}},
             "host_attention": False,
             "layer_slots": 2,
         }

@@ -200,7 +200,8 @@ def test_the_sweep_in_which_an_error_ended_the_call_is_still_there(tmp_path: Pat
 def test_casts(upcasts: dict[str, int], line: str | None) -> None:
     run = RunReport(Policy(), upcasts=upcasts)
     assert run.to_dict()["upcasts"] == {"tensors": 0, "per_stage_and_sweep": 0, **upcasts}
-    assert [row for row in str(run).splitlines() if row.startswith("casts")] == ([line] if line else [])
+    assert run.to_dict()["dequantizations"] == {"tensors": 0, "per_stage_and_sweep": 0}
+    assert [row for row in str(run).splitlines() if row.startswith(("casts", "dequ"))] == ([line] if line else [])
 
 
 def test_the_text_names_policy_bottleneck_and_lanes(run: RunReport) -> None:

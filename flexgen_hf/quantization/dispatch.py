@@ -20,7 +20,7 @@ from ..errors import PolicyError
 from . import groupwise, search
 from .groupwise import GroupFormat, Quantized
 
-__all__ = ["dequantize", "has_kernels", "quantize"]
+__all__ = ["dequantize", "has_kernels", "quantize", "scratch_bytes"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,6 +37,17 @@ def _kernels() -> ModuleType | None:
 def has_kernels() -> bool:
     """Whether there are kernels for the CPU, about four times as fast as plain torch."""
     return _kernels() is not None
+
+
+def scratch_bytes(device: torch.device) -> int:
+    """The most that dequantizing allocates on a device beside the result; kernels need nothing."""
+    if device.type == "cpu":
+        return 0 if has_kernels() else groupwise.SCRATCH_BYTES
+    if device.type == "cuda":
+        from . import triton_kernels  # takes a while, and is not needed elsewhere
+
+        return 0 if triton_kernels.is_available() else groupwise.SCRATCH_BYTES
+    return groupwise.SCRATCH_BYTES
 
 
 def quantize(

@@ -39,6 +39,7 @@ from ..errors import PolicyError, QuantizationError
 __all__ = [
     "GROUP_DTYPE",
     "LARGEST",
+    "SCRATCH_BYTES",
     "GroupFormat",
     "Quantized",
     "as_rows",
@@ -67,6 +68,9 @@ _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 # Elements worked on at once; a step holds a handful of float32 copies of them.
 _CHUNK_ELEMENTS = 1 << 19
+
+#: what `dequantize` holds of such a chunk beside its result: codes as bytes, parts of them, and float32 copies
+SCRATCH_BYTES = 8 * _CHUNK_ELEMENTS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,20 @@ A *store* is a folder that Hugging Face's own loaders accept (`config.json`, `ge
 A shard is an ordinary safetensors file: eight bytes with the header's length (little endian), the header as JSON, the
 tensors without gaps. Two things are fixed beyond safetensors' own rules: the header is padded with spaces so that data
 starts on a multiple of 4096 bytes (so that it can be read with O_DIRECT), and tensors lie in the order of the shard's
-plan, widest element first (so that each begins on a multiple of its element size). Keys are the state-dict names of the
-transformers model, so a renamed or fused checkpoint tensor appears under the name it has in memory.
+plan, widest element first (so that each begins on a multiple of its element size), quantized ones behind the others.
+Keys are the state-dict names of the transformers model, so a renamed or fused checkpoint tensor appears under the name
+it has in memory.
+
+A *quantized* tensor `X` is three tensors in its shard, one behind the other: `X.scales` and `X.minima` (F16), of the
+shape of `X` with its last size replaced by the number of groups in a row, and `X` (U8), the codes, with the bytes of a
+row's codes there instead. `quantization.groupwise` says what they mean and how codes are packed; that is layout
+version 1. (Codes of 3 bits may have an odd number of bytes; what is behind them is not aligned then.) The manifest's
+`quantization`, which is null where nothing is quantized, has
+
+* `layout_version`: 1. Another one has another meaning of the bytes; a reader that does not know it refuses the store.
+* `method`: `"minmax"` or `"search"`, how scales and minima were found. Reading does not depend on it, verifying does.
+* `tensors`: for each quantized tensor's name `bits` (2, 3, 4 or 8), `group_size` and `shape`, that of the tensor that
+  was quantized (a row of codes does not tell how much of its last group is padding).
 
 While a store is being written the folder may also hold `flexgen_journal.json` (the shards that are finished, and a
 fingerprint of what is being written), `.flexgen.lock`, and one `*.tmp` file. The first and the last are gone once the
@@ -259,7 +271,7 @@ class Manifest:
         source: Hub id or folder that was converted.
         revision: commit of the Hub repository, or `None` for a folder.
         dtype: torch's name of the weights' type, e.g. `"float16"`.
-        quantization: `None`, or how decoder-layer matrices are quantized (JSON values).
+        quantization: `None`, or which tensors are quantized and how (JSON values; `weights.quantized` reads them).
         placement: `None`, or the shares `{"device", "host", "disk"}` by which the shards' tiers were chosen.
         shards: every shard, ordered by stage.
         fingerprint: hash of source, dtype, layout and format; equal fingerprints mean equal stores.

@@ -51,16 +51,21 @@ def dtype_name(dtype: torch.dtype) -> str:
         raise StoreError(f"{dtype} cannot be written to safetensors; cast the tensor to 16 bit first") from None
 
 
-def pieces_of_extent(extent: TensorExtent) -> Iterator[torch.Tensor]:
+def pieces_of_extent(extent: TensorExtent, unit: int = 1) -> Iterator[torch.Tensor]:
     """The elements of a tensor in a file, as flat pieces of at most `PIECE_BYTES`.
 
     All pieces are views of one buffer: the next one overwrites the last.
+
+    Args:
+        extent: where they are.
+        unit: so many elements stay together (a row, say), in a larger piece if they must.
 
     Raises:
         StoreError: the file ends before the tensor does, or cannot be read.
     """
     dtype = torch_dtype(extent.dtype)
-    size = PIECE_BYTES // element_bytes(extent.dtype) * element_bytes(extent.dtype)
+    whole = unit * element_bytes(extent.dtype)
+    size = max(1, PIECE_BYTES // whole) * whole
     buffer = bytearray(min(size, extent.nbytes))
     done = 0
     try:
@@ -77,10 +82,10 @@ def pieces_of_extent(extent: TensorExtent) -> Iterator[torch.Tensor]:
         raise StoreError(f"cannot read {extent.file}: {error.strerror or error}; restore the file") from error
 
 
-def pieces_of_tensor(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The elements of a tensor in memory, as flat views of at most `PIECE_BYTES`."""
+def pieces_of_tensor(tensor: torch.Tensor, unit: int = 1) -> Iterator[torch.Tensor]:
+    """The elements of a tensor in memory, as flat views of at most `PIECE_BYTES`; `unit` as above."""
     flat = tensor.detach().reshape(-1)
-    step = max(1, PIECE_BYTES // flat.element_size())
+    step = max(1, PIECE_BYTES // (flat.element_size() * unit)) * unit
     for start in range(0, flat.numel(), step):
         yield flat[start : start + step]
 

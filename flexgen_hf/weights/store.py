@@ -2,6 +2,9 @@
 
 Knows names, bytes and where they lie; knows no module. Files are read by extents, so a Hugging Face safetensors
 checkpoint and a store of ours are the same thing here.
+
+A quantized tensor stays quantized in its home, the device's too, and on its way. It moves in parts of whole rows, each
+of which is dequantized into the slot when it has arrived: what compute finds there is the same either way.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,11 +22,14 @@ from ..planning.budget import Need
 from ..planning.placement import realised
 from ..planning.schedule import Route
 from ..policy import Tier
+from ..quantization import dispatch
+from ..quantization.groupwise import Quantized, as_rows
 from ..storage.buffers import PAGE, Buffer, round_up, tensor_view
 from ..storage.files import Files
 from ..storage.workspace import Workspace
 from .format import TensorExtent
 from .pieces import torch_dtype
+from .quantized import QuantizedExtent, rows_of
 
 __all__ = ["StoredTensor", "WeightStore"]
 
@@ -48,21 +55,31 @@ class StoredTensor:
     Args:
         name: its state-dict name.
         stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
-        extent: the bytes in a safetensors file.
+        extent: the bytes in a safetensors file, or those of its parts if it is quantized.
         dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
         is_late: it arrives in its stored dtype and is cast where it is used.
     """
 
     name: str
     stage: int
-    extent: TensorExtent
+    extent: TensorExtent | QuantizedExtent
     dtype: torch.dtype
     is_late: bool = False
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether it is dequantized on its way to compute."""
+        return isinstance(self.extent, QuantizedExtent)
+
+    @property
+    def parts(self) -> tuple[TensorExtent, ...]:
+        """What there is of it in its file: codes, scales and minima, or the tensor."""
+        return self.extent.parts if isinstance(self.extent, QuantizedExtent) else (self.extent,)
+
+    @property
     def stored_dtype(self) -> torch.dtype:
-        """Element type in the file."""
-        return torch_dtype(self.extent.dtype)
+        """Element type in the file; that of the codes if it is quantized."""
+        return torch_dtype(self.parts[0].dtype)
 
     @property
     def stored_bytes(self) -> int:
@@ -72,12 +89,27 @@ class StoredTensor:
     @property
     def device_bytes(self) -> int:
         """Size in the dtype it is computed in."""
-        return self.extent.nbytes // self.stored_dtype.itemsize * self.dtype.itemsize
+        return math.prod(self.extent.shape) * self.dtype.itemsize
+
+    @property
+    def resident_bytes(self) -> int:
+        """Size where it stays on the device."""
+        return self.stored_bytes if self.is_quantized else self.device_bytes
 
     @property
     def is_cast(self) -> bool:
-        """Whether it is stored in another dtype than it is computed in."""
-        return self.stored_dtype != self.dtype
+        """Whether it is stored in another dtype than it is computed in, and cast."""
+        return not self.is_quantized and self.stored_dtype != self.dtype
+
+    def offsets(self, at: int) -> list[int]:
+        """Where each part begins in a home that has the tensor from `at` on."""
+        sizes = [round_up(part.nbytes, 64) for part in self.parts]
+        return [at + before for before in itertools.accumulate(sizes[:-1], initial=0)]
+
+    @property
+    def home_bytes(self) -> int:
+        """Room for it in a home on the host."""
+        return sum(round_up(part.nbytes, 64) for part in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +124,20 @@ class _Run:
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """Elements of a tensor that cross to the device together.
+    """Elements of a tensor, or rows of a quantized one, that cross to the device together.
 
     Args:
         tensor: whose they are.
         first: the first of them.
         count: how many.
-        at: where their bytes begin in the memory that they come from.
+        at: where their bytes begin in the memory that they come from, for each part of the tensor; nothing if they are
+            on the device.
     """
 
     tensor: StoredTensor
     first: int
     count: int
-    at: int
+    at: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -139,7 +172,7 @@ class _Stage:
     @property
     def arena_bytes(self) -> int:
         """Size of the host arena."""
-        return sum(round_up(tensor.stored_bytes, 64) for tensor, _ in self.host)
+        return sum(tensor.home_bytes for tensor, _ in self.host)
 
 
 class WeightStore:
@@ -166,15 +199,19 @@ class WeightStore:
         self._files = Files()
         self._tensors, self._homes = list(tensors), dict(homes)
         self._resident: dict[str, torch.Tensor] = {}
-        self._resident_bytes = self._disk_bytes = 0  # as the account has them
+        self._quantized: dict[str, Quantized] = {}  # those whose home is the device
+        self._taken: list[Need] = []  # in the account, beside buffers
         #: how often each tensor was cast to the dtype of compute
         self.casts: collections.Counter[str] = collections.Counter()
+        #: how often each quantized tensor was dequantized
+        self.dequantizations: collections.Counter[str] = collections.Counter()
         self._piece_bytes = self._size_of_pieces(num_stages)
         self._stages = [_Stage() for _ in range(num_stages)]
         for stage, members in enumerate(self._by_stage(num_stages)):
             self._stages[stage] = self._lay_out(members)
         self._slots = self._make_slots()
         self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
+        self._arrived = Buffer(space.ledger, Tier.DEVICE, space.device, "weight staging")
 
     # -------------------------------------------------------------------------------------------------- what there is
     @property
@@ -193,14 +230,30 @@ class WeightStore:
         return max((piece.staging_bytes for plan in self._stages for piece in plan.pieces), default=0)
 
     @property
+    def _arrived_bytes(self) -> int:
+        """On a device apart from the host, room for the parts of a piece that is to be dequantized there."""
+        if self._space.is_direct:
+            return 0
+        segments = (s for plan in self._stages for piece in plan.pieces for s in piece.segments if s.at)
+        return max((_parts_bytes(segment) for segment in segments), default=0)
+
+    @property
+    def _scratch_bytes(self) -> int:
+        """What dequantizing allocates meanwhile."""
+        is_used = any(tensor.is_quantized for tensor in self._tensors)
+        return dispatch.scratch_bytes(self._space.device) if is_used else 0
+
+    @property
     def needs(self) -> list[Need]:
         """What `load_homes` takes of each tier: homes, slots and staging."""
         slots = [size for buffers in self._slots.values() for size in buffers if size[1]]
         arenas = (plan.arena_bytes for plan in self._stages if plan.host)
-        resident = sum(t.device_bytes for t in self._tensors if self._homes[t.name] is Tier.DEVICE)
+        resident = sum(t.resident_bytes for t in self._tensors if self._homes[t.name] is Tier.DEVICE)
         needs = [Need(Tier.DISK, self.streamed_bytes, "weights")]
         needs += [Need(buffer.tier, round_up(nbytes), "weight slots") for buffer, nbytes in slots]
         needs.append(Need(Tier.HOST, len(self._staging) * self._staging_bytes, "weight staging"))
+        needs.append(Need(Tier.DEVICE, round_up(self._arrived_bytes), "weight staging"))
+        needs.append(Need(Tier.DEVICE, self._scratch_bytes, "dequantizing"))
         needs.append(Need(Tier.HOST, sum(map(round_up, arenas)), "weights"))
         needs.append(Need(Tier.DEVICE, resident, "weights"))
         return [need for need in needs if need.nbytes]
@@ -214,7 +267,7 @@ class WeightStore:
         return [tensor.name for tensor in self._tensors if tensor.stage == stage and tensor.is_late]
 
     def resident(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors whose home is the device, by name."""
+        """The tensors that are on the device as compute needs them, by name."""
         yield from self._resident.items()
 
     def tensors(self, stage: int, slot: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -240,14 +293,16 @@ class WeightStore:
             CapacityError: a tier cannot take what the placement gives it.
             StoreError: a file is missing or broken.
         """
-        self._space.ledger.take(Tier.DISK, self.streamed_bytes, "weights")
-        self._disk_bytes = self.streamed_bytes
+        self._take(Tier.DISK, self.streamed_bytes, "weights")
         for buffers in self._slots.values():
             for buffer, nbytes in buffers:
                 if nbytes:
                     buffer.ensure(nbytes)
         for buffer in self._staging if self._staging_bytes else ():
             buffer.ensure(self._staging_bytes)
+        if self._arrived_bytes:
+            self._arrived.ensure(self._arrived_bytes)
+        self._take(Tier.DEVICE, self._scratch_bytes, "dequantizing")
         for loaded in itertools.chain(self._fill_arenas(), self._make_resident()):
             if progress is not None:
                 progress(loaded)
@@ -260,23 +315,57 @@ class WeightStore:
         return sum(self._files.read_run(r.file, r.offset, target.bytes, r.at, r.nbytes) for r in part.runs)
 
     def push(self, stage: int, piece: int, slot: int, staging: int) -> int:
-        """Host to device, cast to the dtype of compute on the way; returns the bytes that crossed."""
+        """Host to device, cast or dequantized to the dtype of compute on the way; returns the bytes that crossed."""
         plan = self._stages[stage]
         part = plan.pieces[piece]
         source = self._staging[staging] if part.runs else plan.arena
         _, device = self._buffers(stage, slot)
         assert device is not None
-        assert source is not None
         moved = 0
         for segment in part.segments:
-            tensor, shape = segment.tensor, (segment.count,)
-            start = plan.pushed[tensor.name][1] + segment.first * tensor.dtype.itemsize
-            given = tensor_view(source.bytes, segment.at, tensor.stored_dtype, shape)
-            self._space.copy(tensor_view(device.bytes, start, tensor.dtype, shape), given)
-            moved += segment.count * tensor.stored_dtype.itemsize
-            if tensor.is_cast and segment.first == 0:
-                self.casts[tensor.name] += 1
+            tensor = segment.tensor
+            width = math.prod(tensor.extent.shape[-1:]) if tensor.is_quantized else 1
+            start = plan.pushed[tensor.name][1] + segment.first * width * tensor.dtype.itemsize
+            target = tensor_view(device.bytes, start, tensor.dtype, (segment.count, width))
+            if isinstance(tensor.extent, QuantizedExtent):
+                moved += self._dequantize(segment, tensor.extent, source, target)
+            else:
+                assert source is not None
+                given = tensor_view(source.bytes, segment.at[0], tensor.stored_dtype, (segment.count, width))
+                self._space.copy(target, given)
+                moved += segment.count * tensor.stored_dtype.itemsize
+                if tensor.is_cast and segment.first == 0:
+                    self.casts[tensor.name] += 1
         return moved
+
+    def _dequantize(
+        self, segment: _Segment, extent: QuantizedExtent, source: Buffer | None, target: torch.Tensor
+    ) -> int:
+        """Rows of a quantized tensor, wherever they are, into their place; returns the bytes that crossed."""
+        last = segment.first + segment.count
+        if segment.at:
+            assert source is not None
+            rows = self._rows(extent, segment.count, source.bytes, segment.at)
+            if not self._space.is_direct:
+                arrived = self._rows(extent, segment.count, self._arrived.bytes, _packed(segment))
+                for there, here in zip(_tensors(arrived), _tensors(rows), strict=True):
+                    self._space.copy(there, here)
+                rows = arrived
+        else:
+            rows = rows_of(self._quantized[segment.tensor.name], segment.first, last)
+        dispatch.dequantize(rows, extent.format, out=target)
+        if segment.first == 0:
+            self.dequantizations[segment.tensor.name] += 1
+        return rows.nbytes if segment.at else 0
+
+    @staticmethod
+    def _rows(extent: QuantizedExtent, count: int, memory: torch.Tensor, at: Sequence[int]) -> Quantized:
+        """Views of so many rows whose parts begin at these places of a memory."""
+        codes, scales, minima = (
+            tensor_view(memory, begin, torch_dtype(part.dtype), (count, part.shape[-1]))
+            for part, begin in zip(extent.parts, at, strict=True)
+        )
+        return Quantized(codes, scales, minima, (count, extent.shape[-1]))
 
     def fetch_now(self, stage: int, slot: int = 0) -> None:
         """Reads and pushes a stage in the calling thread; no lane may be using its slot or the staging buffers."""
@@ -308,9 +397,10 @@ class WeightStore:
         for plan in self._stages:
             if plan.arena is not None:
                 plan.arena.free()
-        self._space.ledger.give(Tier.DEVICE, self._resident_bytes, "weights")
-        self._space.ledger.give(Tier.DISK, self._disk_bytes, "weights")
-        self._resident, self._resident_bytes, self._disk_bytes = {}, 0, 0
+        self._arrived.free()
+        for need in self._taken:
+            self._space.ledger.give(*need)
+        self._resident, self._quantized, self._taken = {}, {}, []
 
     # --------------------------------------------------------------------------------------------------------- layout
     def _by_stage(self, num_stages: int) -> list[list[StoredTensor]]:
@@ -324,7 +414,7 @@ class WeightStore:
         for tensor in members:
             if self._homes[tensor.name] is Tier.HOST:
                 plan.host.append((tensor, at))
-                at += round_up(tensor.stored_bytes, 64)
+                at += tensor.home_bytes
         if plan.host:
             plan.arena = Buffer(self._space.ledger, Tier.HOST, self._space.device, "weights")
         disk = [tensor for tensor in members if self._homes[tensor.name] is Tier.DISK]
@@ -333,14 +423,15 @@ class WeightStore:
             plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
             moved = []
         else:
-            ordered = [(tensor, None) for tensor in _in_file_order(disk)]
-            plan.pieces, moved = _cut(ordered, self._piece_bytes), disk
+            plan.pieces, moved = _cut(_in_file_order(disk), self._piece_bytes), disk
+        held = [t for t in members if t.is_quantized and self._homes[t.name] is Tier.DEVICE]
         at = 0
-        for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t))):
+        for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t)), *held):
             plan.pushed[tensor.name] = (tensor, at)
             at += round_up(tensor.device_bytes, 64)
         plan.device_bytes = at
-        plan.pieces += _cut([(t, at) for t, at in plan.host if t.name in plan.pushed], self._piece_bytes)
+        pushed = {t: t.offsets(place) for t, place in plan.host if t.name in plan.pushed}
+        plan.pieces += _cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
         return plan
 
     def _size_of_pieces(self, num_stages: int) -> int:
@@ -352,7 +443,8 @@ class WeightStore:
 
     def _is_pushed(self, tensor: StoredTensor) -> bool:
         """Whether a tensor cannot be used where it was read."""
-        return not self._space.is_direct or (tensor.is_cast and tensor.stored_bytes > _SMALL_BYTES)
+        is_large = tensor.stored_bytes > _SMALL_BYTES
+        return not self._space.is_direct or tensor.is_quantized or (tensor.is_cast and is_large)
 
     def _make_slots(self) -> dict[tuple[str, int], list[tuple[Buffer, int]]]:
         """For each slot a buffer on the host and one on the device, with the bytes they must hold."""
@@ -384,19 +476,58 @@ class WeightStore:
         for plan in self._stages:
             if plan.arena is not None:
                 memory = plan.arena.ensure(plan.arena_bytes)
-                for tensor, at in plan.host:
-                    part = memory[at : at + tensor.stored_bytes]
-                    yield self._files.read(tensor.extent.file, tensor.extent.offset, part)
+                for tensor, place in plan.host:
+                    for part, at in zip(tensor.parts, tensor.offsets(place), strict=True):
+                        yield self._files.read(part.file, part.offset, memory[at : at + part.nbytes])
 
     def _make_resident(self) -> Iterator[int]:
         for tensor in self._tensors:
             if self._homes[tensor.name] is Tier.DEVICE:
-                self._space.ledger.take(Tier.DEVICE, tensor.device_bytes, "weights")
-                self._resident_bytes += tensor.device_bytes
-                memory = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
-                yield self._files.read(tensor.extent.file, tensor.extent.offset, memory)
-                value = memory.view(tensor.stored_dtype).view(tensor.extent.shape)
-                self._resident[tensor.name] = value.to(device=self._space.device, dtype=tensor.dtype)
+                self._take(Tier.DEVICE, tensor.resident_bytes, "weights")
+                parts = []
+                for part in tensor.parts:
+                    memory = torch.empty(part.nbytes, dtype=torch.uint8)
+                    yield self._files.read(part.file, part.offset, memory)
+                    dtype = torch_dtype(part.dtype)
+                    wanted = dtype if tensor.is_quantized else tensor.dtype
+                    parts.append(memory.view(dtype).view(part.shape).to(device=self._space.device, dtype=wanted))
+                if isinstance(tensor.extent, QuantizedExtent):
+                    codes, scales, minima = map(as_rows, parts)
+                    shape = (tensor.extent.rows, tensor.extent.shape[-1])
+                    self._quantized[tensor.name] = Quantized(codes, scales, minima, shape)
+                else:
+                    (self._resident[tensor.name],) = parts
+
+    def _take(self, tier: Tier, nbytes: int, what: str) -> None:
+        """Enters into the account what is in no buffer."""
+        self._space.ledger.take(tier, nbytes, what)
+        self._taken.append(Need(tier, nbytes, what))
+
+
+def _tensors(q: Quantized) -> tuple[torch.Tensor, ...]:
+    return q.codes, q.scales, q.minima
+
+
+def _packed(segment: _Segment) -> list[int]:
+    """Where the parts of a segment begin, one after the other."""
+    return list(itertools.accumulate(_sizes(segment)[:-1], initial=0))
+
+
+def _parts_bytes(segment: _Segment) -> int:
+    return sum(_sizes(segment)) if segment.tensor.is_quantized else 0
+
+
+def _sizes(segment: _Segment) -> list[int]:
+    return [round_up(segment.count * size, 64) for size in _unit(segment.tensor)[1]]
+
+
+def _unit(tensor: StoredTensor) -> tuple[int, list[int]]:
+    """What a tensor may be cut into, elements or rows: how many there are, and their bytes in each part."""
+    extent = tensor.extent
+    if isinstance(extent, QuantizedExtent):
+        return extent.rows, [extent.row_bytes(part) for part in extent.parts]
+    size = tensor.stored_dtype.itemsize
+    return tensor.stored_bytes // size, [size]
 
 
 def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, int]], int]:
@@ -419,33 +550,46 @@ def _parts(run: _Run) -> Iterator[_Run]:
         done += size
 
 
-def _cut(tensors: Sequence[tuple[StoredTensor, int | None]], nbytes: int) -> list[_Piece]:
-    """Cuts tensors into pieces, between elements; short tensors share one.
+def _cut(
+    tensors: Sequence[StoredTensor], nbytes: int, held: Mapping[StoredTensor, Sequence[int]] | None = None
+) -> list[_Piece]:
+    """Cuts tensors into pieces, between elements or rows; short tensors share one.
 
     Args:
-        tensors: each with where it is in the host arena, or None if it is read from its file through staging.
+        tensors: what is to be moved.
         nbytes: about how large a piece is to be.
+        held: where each part of a tensor is in the host arena (nowhere, if it is on the device); None if they are read
+            from their files through staging.
     """
     pieces: list[_Piece] = []
     filled = nbytes
-    for tensor, held_at in tensors:
-        size, total = tensor.stored_dtype.itemsize, tensor.stored_bytes // tensor.stored_dtype.itemsize
-        first = 0
+    for tensor in tensors:
+        total, sizes = _unit(tensor)
+        size, first = sum(sizes), 0
         while first < total:
             room = (nbytes - filled) // size
             if room <= 0:
                 pieces.append(_Piece())
-                filled, room = 0, nbytes // size
+                filled, room = 0, max(1, nbytes // size)
             piece, count = pieces[-1], min(room, total - first)
-            if held_at is None:
-                at = _add_run(piece.runs, tensor.extent.file, tensor.extent.offset + first * size, count * size)
+            if held is None:
+                at = _read_parts(piece, tensor, first, count)
                 filled = piece.runs[-1].at + piece.runs[-1].nbytes
             else:
-                at = held_at + first * size
+                at = tuple(begin + first * unit for begin, unit in zip(held[tensor], sizes, strict=False))
                 filled += count * size
             piece.segments.append(_Segment(tensor, first, count, at))
             first += count
     return pieces
+
+
+def _read_parts(piece: _Piece, tensor: StoredTensor, first: int, count: int) -> tuple[int, ...]:
+    """Adds elements or rows of a tensor to what a piece reads; returns where the bytes of each part land."""
+    _, sizes = _unit(tensor)
+    places = {}
+    for part, size in sorted(zip(tensor.parts, sizes, strict=True), key=lambda item: item[0].offset):
+        places[part] = _add_run(piece.runs, part.file, part.offset + first * size, count * size)
+    return tuple(places[part] for part in tensor.parts)
 
 
 def _add_run(runs: list[_Run], file: Path, offset: int, nbytes: int) -> int:

@@ -166,11 +166,12 @@ class FlexGenForCausalLM(FixedWeights):
             prompts = self._prompts_per_block(call, settings)
             account = self._account.generation(may_be_cut=may_be_cut(call, settings), tokens=prompt_tokens(call))
             with account, self._progress(report, call, settings, prompts) as shown:
-                if prompts is None:
-                    output = shown(whole)(**call)
+                # What is returned gets no name: an error of the last transfers would keep it, and its cache, alive.
+                if prompts is not None:
+                    generate = functools.partial(self._generate_in_blocks, shown(whole), prompts, _pad_token(settings))
                 else:
-                    output = self._generate_in_blocks(shown(whole), call, prompts, _pad_token(settings))
-                return output if order is None else back_in_order(output, order)
+                    generate = shown(whole)
+                return generate(**call) if order is None else back_in_order(generate(**call), order)
 
     @contextlib.contextmanager
     def _progress(
@@ -210,7 +211,7 @@ class FlexGenForCausalLM(FixedWeights):
         prompts = max(1, self.policy.block_size // copies)
         return prompts if next(iter(rows.values())).shape[0] > prompts else None
 
-    def _generate_in_blocks(self, generate: Any, call: dict[str, Any], prompts: int, pad: int) -> torch.Tensor:
+    def _generate_in_blocks(self, generate: Any, prompts: int, pad: int, /, **call: Any) -> torch.Tensor:
         rows = row_inputs(call)
         rest = {name: value for name, value in call.items() if name not in rows}
         total = next(iter(rows.values())).shape[0]

@@ -75,8 +75,9 @@ def verify(
         ),
     )
     quantization = Quantization.of(manifest, store)
-    formats = quantization.formats() if quantization is not None else {}
-    how = {name: Quantizing(fmt, quantization.method) for name, fmt in formats.items()} if quantization else {}
+    how: dict[str, Quantizing] = {}
+    if quantization is not None:
+        how = {name: Quantizing(fmt, quantization.method) for name, fmt in quantization.formats().items()}
     plans = {tensor.name: tensor for shard in opened.plans(how) for tensor in shard.tensors}
     meter = _Meter(2 * sum(shard.bytes for shard in manifest.shards), progress)
     extents: dict[str, TensorExtent] = {}

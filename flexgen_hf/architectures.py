@@ -63,8 +63,7 @@ class Structure:
 
         Known of the tested families only.
         """
-        config: Any = self.model.config
-        return is_tested(config.model_type)
+        return self._is_tested
 
     @property
     def reads_once(self) -> bool:
@@ -72,6 +71,10 @@ class Structure:
 
         Known of the tested families only: what is used up reads as NaN, so their tests would show it.
         """
+        return self._is_tested
+
+    @property
+    def _is_tested(self) -> bool:
         config: Any = self.model.config
         return is_tested(config.model_type)
 

@@ -443,10 +443,11 @@ class Executor:
         assert hidden is not None
         args, kwargs = hidden.restore(coroutine.batch, args, kwargs)
         output = layer.flexgen_forward(*args, **kwargs)
+        states = output[0] if isinstance(output, (tuple, list)) else output
         if stage == 1:
-            self._forget(coroutine, output[0] if isinstance(output, (tuple, list)) else output)
+            self._forget(coroutine, states)
         if stage == self.structure.head_stage - 1:
-            coroutine.held.append(output[0] if isinstance(output, (tuple, list)) else output)
+            coroutine.held.append(states)
             return output
         return hidden.park(coroutine.batch, output)
 

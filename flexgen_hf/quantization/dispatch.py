@@ -20,7 +20,12 @@ from ..errors import PolicyError
 from . import groupwise, search
 from .groupwise import GroupFormat, Quantized
 
-__all__ = ["dequantize", "has_kernels", "quantize", "scratch_bytes"]
+__all__ = ["METHODS", "Method", "dequantize", "has_kernels", "quantize", "scratch_bytes"]
+
+Method = Literal["minmax", "search"]
+
+#: how scales and minima may be found
+METHODS: tuple[Method, ...] = ("minmax", "search")
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,7 +59,7 @@ def quantize(
     x: Tensor,
     fmt: GroupFormat,
     name: str = "tensor",
-    method: Literal["minmax", "search"] = "minmax",
+    method: Method = "minmax",
     out: Quantized | None = None,
     threads: int = 1,
 ) -> Quantized:
@@ -73,7 +78,7 @@ def quantize(
         QuantizationError: see `groupwise.quantize`.
         PolicyError: no such method.
     """
-    if method not in ("minmax", "search"):
+    if method not in METHODS:
         raise PolicyError(f"group quantization: method={method!r} does not exist; use 'minmax' or 'search'")
     kernels = _kernels()
     is_ready = out is None or all(part.is_contiguous() for part in (out.codes, out.scales, out.minima))

@@ -9,12 +9,13 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..errors import PolicyError, StoreError
 from ..quantization import dispatch, groupwise
+from ..quantization.dispatch import METHODS, Method
 from ..quantization.groupwise import GROUP_DTYPE, GroupFormat, Quantized
 from .format import MANIFEST_NAME, Manifest, TensorExtent
 from .pieces import dtype_name, read_extent
@@ -31,10 +32,6 @@ __all__ = [
 ]
 
 LAYOUT_VERSION = 1
-
-Method = Literal["minmax", "search"]
-
-_METHODS = ("minmax", "search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +50,8 @@ class Quantizing:
     method: Method = "search"
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise PolicyError(f"method={self.method!r} does not exist; use {' or '.join(map(repr, _METHODS))}")
+        if self.method not in METHODS:
+            raise PolicyError(f"method={self.method!r} does not exist; use {' or '.join(map(repr, METHODS))}")
 
     def parts(self, name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, safetensors dtype and shape of each part of a quantized tensor, in the order in which they lie."""
@@ -169,7 +166,7 @@ class Quantization:
                 f"{LAYOUT_VERSION}; upgrade flexgen_hf, or convert the model again with this one"
             )
         method, tensors = fields.get("method"), fields.get("tensors")
-        if method not in _METHODS or not isinstance(tensors, dict):
+        if method not in METHODS or not isinstance(tensors, dict):
             raise StoreError(f"{path} has a quantization of method {method!r}, which is unknown, or without tensors; "
                              "convert the model again")  # fmt: skip
         return cls(method, {name: _entry(path, name, entry) for name, entry in tensors.items()})

@@ -290,3 +290,22 @@ def test_what_a_gpu_takes_and_the_cpu_does_not() -> None:
     assert values[torch.tensor([3, 0])].tolist() == [3, 0]  # an index may come from the host
     values[torch.tensor([1])] = 7
     assert values.tolist() == [0, 7, 2, 3]
+
+
+def test_functions_that_run_as_a_whole_meet_the_same_rules():
+    here, host = torch.ones(3, device="emulated:0"), torch.ones(3)
+    for attempt in (
+        lambda: torch.cat([here, host]),
+        lambda: here.mul(host),
+        lambda: torch.nn.functional.linear(here, torch.ones(2, 3)),
+        lambda: here.add(torch.ones(3, device="emulated:1")),
+    ):
+        with pytest.raises(RuntimeError, match="meets tensors of emulated:0"):
+            attempt()
+    assert here.contiguous() is here
+    assert here[torch.tensor([0, 2])].tolist() == [1, 1]  # indices may be on the host
+    taken = torch.empty(3, device="emulated:0")
+    assert torch.cat([here[:1], here[1:]], out=taken) is taken
+    before = emulated.configure().used_bytes
+    product = torch.nn.functional.linear(torch.ones(2, 8, device="emulated:0"), torch.ones(500, 8, device="emulated:0"))
+    assert emulated.configure().used_bytes >= before + product.numel() * product.element_size()

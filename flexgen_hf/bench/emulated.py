@@ -162,11 +162,17 @@ class DeviceTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Has attention run as one kernel, as on a GPU; torch knows none for this device and would make the scores."""
+        """Has attention run as one kernel, as on a GPU; torch knows none for this device and would make the scores.
+
+        Other frequent functions run as a whole too, which saves most of what torch takes to ask us for each of the
+        operations that they are made of: a GPU takes a tenth of that for a launch.
+        """
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             owner = _common_owner("scaled_dot_product_attention", args, kwargs)
             return _on(owner, func(*_values(args), **_values(kwargs)))
+        if func in _WHOLE and (only := _only_owner(args, kwargs)) is not None:
+            return _of_call(only, args, func(*_values(args), **_values(kwargs)))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -206,8 +212,10 @@ def _values(x: Any) -> Any:
     """An argument of an operation with device tensors replaced by their values; torch's own tree_map takes longer."""
     if isinstance(x, DeviceTensor):
         return x.held
-    if isinstance(x, (list, tuple)):
+    if isinstance(x, list):
         return [_values(item) for item in x]
+    if isinstance(x, tuple):  # an index in several dimensions is one
+        return tuple(map(_values, x))
     if isinstance(x, dict):
         return {name: _values(item) for name, item in x.items()}
     return x
@@ -305,6 +313,37 @@ def _common_owner(name: str, *arguments: Any) -> EmulatedDevice:
                 f"{name}: a {tensor.device} tensor of shape {tuple(tensor.shape)} meets tensors of {owner.device}"
             )
     return owner
+
+
+#: functions of tensors of one device, which neither copy between devices nor write into what they are given
+_WHOLE = frozenset({
+    torch.nn.functional.linear, torch.nn.functional.silu, torch.cat, torch.rsqrt,
+    *(getattr(torch.Tensor, name) for name in (
+        "__getitem__ add mul sub neg pow mean rsqrt cos sin view reshape transpose permute unsqueeze expand contiguous"
+    ).split()),
+})  # fmt: skip
+
+
+def _only_owner(args: Any, kwargs: dict[str, Any]) -> EmulatedDevice | None:
+    """The device of all tensors of a call of one of `_WHOLE`; None where something needs a closer look."""
+    owner: EmulatedDevice | None = None
+    if "out" in kwargs or "device" in kwargs:
+        return None
+    for arg in (*args, *kwargs.values()):
+        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(tensor, DeviceTensor):
+                if owner is not None and tensor.allocation.owner is not owner:
+                    return None
+                owner = tensor.allocation.owner
+            elif isinstance(tensor, (torch.Tensor, list, tuple)):
+                return None
+    return owner
+
+
+def _of_call(owner: EmulatedDevice, args: Any, out: torch.Tensor) -> Any:
+    """What a call of one of `_WHOLE` returned; some return what they were given."""
+    first = args[0] if args else None
+    return first if isinstance(first, DeviceTensor) and out is first.held else _on(owner, out)
 
 
 def _histogram(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

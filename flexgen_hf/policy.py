@@ -191,6 +191,13 @@ class Compression:
         """Plain JSON values; `Compression(**d)` is the way back."""
         return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "patterns": dict(self.patterns)}
 
+    def __str__(self) -> str:
+        widths = {"weights": self.weights, "cache": self.cache, "tables": self.tables}
+        words = [f"{name} {bits} bit" for name, bits in widths.items() if bits is not None]
+        words += [f"{name} {bits} bit" if bits else f"{name} as it is" for name, bits in dict(self.patterns).items()]
+        words += [f"groups of {self.group_size}"] if words and self.group_size != Compression.group_size else []
+        return ", ".join(words)
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:

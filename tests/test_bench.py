@@ -15,11 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexgen_hf import CapacityError, FlexGenError, Policy, PolicyError, StoreError, cli
+from flexgen_hf import CapacityError, Compression, FlexGenError, Policy, PolicyError, StoreError, cli
 from flexgen_hf.bench import limits as limits_module
 from flexgen_hf.bench import tables, worker
 from flexgen_hf.bench.comparison import Peers, compare, equal_rows, jobs_of, summarize, table
 from flexgen_hf.bench.limits import ControlGroup, Limits, drop_page_cache, why_not_permitted
+from flexgen_hf.bench.quantized import quantized_store
 from flexgen_hf.bench.shapes import SHAPES, config_of_shape, random_checkpoint, write_random_checkpoint
 from flexgen_hf.bench.sizes import Size, parse_max_memory, parse_size, parse_sum, weights_bytes
 from flexgen_hf.bench.systems import SYSTEMS, DeviceSpec, Job, load, share_in_memory
@@ -153,6 +154,58 @@ class TestShapes:
         assert len({tuple(row.tolist()) for row in tokens}) == 8
 
 
+class TestQuantizedStores:
+    @pytest.fixture
+    def model(self, job: Job) -> Path:
+        return Path(job.model)
+
+    def test_a_store_is_written_once(self, model: Path, tmp_path: Path) -> None:
+        store = quantized_store(tmp_path, model, Compression(weights=4, cache=4))
+        assert store.name.startswith(f"{model.name}-4bit-")
+        written = [(file, file.stat().st_mtime_ns) for file in sorted(store.glob("*/*.safetensors"))]
+        assert quantized_store(tmp_path, model, Compression(weights=4)) == store
+        assert written == [(file, file.stat().st_mtime_ns) for file in sorted(store.glob("*/*.safetensors"))]
+
+    def test_another_compression_or_checkpoint_is_another_store(self, model: Path, tmp_path: Path) -> None:
+        asked = [
+            Compression(weights=4),
+            Compression(weights=4, group_size=32),
+            Compression(weights=4, tables=8),
+            Compression(weights=4, patterns={"*.fc2": 8}),
+            Compression(weights=8),
+        ]
+        stores = [quantized_store(tmp_path, model, compression) for compression in asked]
+        assert len(set(stores)) == len(asked)
+        assert "-4bit-8bit-" in stores[2].name
+        other = random_checkpoint(tmp_path, "tiny:2", torch.float16)
+        copied = tmp_path / model.name
+        copied.mkdir()
+        for file in other.iterdir():
+            (copied / file.name).write_bytes(file.read_bytes())
+        assert quantized_store(tmp_path, copied, asked[0]) not in stores
+
+    def test_an_interrupted_writing_is_finished(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from flexgen_hf.weights.quantized import Quantizing
+
+        whole = quantized_store(tmp_path / "whole", model, Compression(weights=4))
+        quantize, left = Quantizing.run, iter(range(5))
+
+        def interrupted(self: Quantizing, *given: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return quantize(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Quantizing, "run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                quantized_store(tmp_path, model, Compression(weights=4))
+        store = quantized_store(tmp_path, model, Compression(weights=4))
+        for file in whole.glob("*/*.safetensors"):
+            assert (store / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
 class TestWorkload:
     def test_prompts_are_distinct_ragged_and_padded_on_the_left(self) -> None:
         prompts = Workload(16, 1, 20).prompts(vocab_size=128, pad_token=1)
@@ -198,6 +251,40 @@ class TestSystems:
         assert report["policy"]["batch_size"] == 2
         assert all(report["policy"][kind]["device"] == 1 for kind in ("weights", "cache", "hidden"))
         assert not report["lanes"]["disk_to_host"]["bytes"]
+
+    def test_quantized_weights_are_those_that_transformers_gets_dequantized(self, job: Job, tmp_path: Path) -> None:
+        compression = Compression(weights=4)
+        store = quantized_store(tmp_path, Path(job.model), compression)
+        flexgen = {**job.flexgen, "compression": compression.to_dict()}
+        job = dataclasses.replace(job, offload_folder=str(tmp_path), store=str(store), flexgen=flexgen)
+        records = [worker.run(dataclasses.replace(job, system=system)) for system in ("flexgen", "flexgen-ram")]
+        assert all(record["report"]["dequantizations"]["tensors"] for record in records)
+        with load(job) as model:
+            model.save_pretrained(tmp_path / "dequantized")
+        assert (
+            records[0]["report"]["lanes"]["disk_to_host"]["bytes"]
+            < 0.5
+            * worker.run(dataclasses.replace(job, store=None, flexgen={"policy": DISK.to_dict()}))["report"]["lanes"][
+                "disk_to_host"
+            ]["bytes"]
+        )
+        expected = worker.run(dataclasses.replace(job, system="transformers", model=str(tmp_path / "dequantized")))
+        assert {record["tokens_sha256"] for record in records} == {expected["tokens_sha256"]}
+        plain = worker.run(dataclasses.replace(job, system="transformers"))
+        assert plain["tokens_sha256"] != expected["tokens_sha256"]
+
+    def test_kernels_are_there_before_the_measurement(self, job: Job, tmp_path: Path) -> None:
+        kernels = pytest.importorskip("flexgen_hf.quantization.kernels")
+        compression = Compression(weights=4, cache=4)
+        flexgen = {**job.flexgen, "compression": compression.to_dict()}
+        store = str(quantized_store(tmp_path, Path(job.model), compression))
+        job = dataclasses.replace(job, offload_folder=str(tmp_path), store=store, flexgen=flexgen)
+        worker._warm_up(job)
+        used = (kernels._quantize_rows, kernels._rows_to_float32)
+        compiled = [list(kernel.signatures) for kernel in used]
+        assert all(compiled)
+        worker.run(job)
+        assert [list(kernel.signatures) for kernel in used] == compiled
 
     def test_the_static_cache_is_one_and_is_not_compiled(self, job: Job) -> None:
         job = dataclasses.replace(job, system="transformers-static")
@@ -636,7 +723,7 @@ class TestCommand:
             ("tiny --read-limit 1w", "--read-limit: '1w' is no size"),
             ("tiny --device emulated --device-memory 1x", "--device-memory: '1x' in '1x' is no size"),
             ("tiny --max-memory cpu", "--max-memory: 'cpu' is not TIER=SIZE"),
-            ("tiny --cache-bits 5", "cache=5 bits do not exist"),
+            ("tiny --compression 5bit", "compression: '5bit' is unknown"),
             ("tiny --peer-offloads disk,ram", "--peer-offloads: 'ram' is unknown"),
             ("tiny:x", "'x' is no number of layers"),
             ("tiny --peer-batch-sizes 8,x", "--peer-batch-sizes: '8,x' is no list of whole numbers"),
@@ -658,7 +745,7 @@ class TestCommand:
         monkeypatch.setattr("flexgen_hf.bench.comparison.compare", compare)
         self.invoke(
             *"tiny:2 --systems flexgen,accelerate --device emulated --device-memory 0.5w --link 1MB/s".split(),
-            *"--max-memory cpu=2w+1MB,0=0.25w --cache-bits 16 --host-attention --batch-size 3 --threads 2".split(),
+            *"--max-memory cpu=2w+1MB,0=0.25w --host-attention --batch-size 3 --threads 2 --compression 4bit".split(),
             *"--memory-limit 2w+600MB --read-limit 5MB/s --peer-offloads mixed:0.5,disk --peer-new-tokens 4".split(),
             *["--policy", "0 0 0 100 0 100", "--work-folder", str(work_folder)],
         )
@@ -666,12 +753,39 @@ class TestCommand:
         weights = weights_bytes(Path(ours.model))
         assert ours.device == DeviceSpec("emulated:0", weights // 2, 1_000_000)
         assert ours.flexgen["max_memory"] == {"cpu": 2 * weights + 1_000_000, "0": weights // 4}
-        assert ours.flexgen["compression"]["cache"] == 16
+        assert ours.flexgen["compression"] == Compression(weights=4, cache=4).to_dict()
+        assert ours.setting == "3 rows, float32, weights 4 bit, cache 4 bit"
+        assert ours.folder == str(quantized_store(work_folder, Path(ours.model), Compression(weights=4)))
+        assert {(job.folder, job.setting.count("bit")) for job in peers} == {(ours.model, 0)}
         assert ours.flexgen["policy"]["host_attention"]
         assert seen["limits"] == Limits(2 * weights + 600_000_000, 5_000_000)
         assert seen["search_tokens"] == 4
         assert [job.offload for job in peers] == ["mixed:0.5", "disk"]
         assert {job.threads for job in (ours, *peers)} == {2}
+
+    @pytest.mark.parametrize(
+        ("arguments", "asked", "has_store"),
+        [
+            (["--systems", "transformers", "--compression", "4bit"], {"weights": 4, "cache": 4}, False),
+            (["--systems", "flexgen-ram", "--compression", '{"cache": 16}'], {"cache": 16}, False),
+            (["--systems", "flexgen", "--policy", '{"compression": {"weights": 8}}'], {"weights": 8}, True),
+            (["--systems", "flexgen", "--policy", '{"compression": "4bit"}', "--compression", "{}"], {}, False),
+        ],
+    )
+    def test_a_store_is_made_where_weights_are_to_be_quantized(
+        self, arguments: list[str], asked: Any, has_store: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Job] = []
+
+        def seen_jobs(jobs: Any, *_: Any) -> list[Any]:
+            seen.extend(*jobs.values())
+            return []
+
+        monkeypatch.setattr("flexgen_hf.bench.comparison.compare", seen_jobs)
+        self.invoke("tiny:1", *arguments, "--work-folder", str(tmp_path))
+        assert Compression.of(seen[0].flexgen.get("compression")) == Compression(**asked)
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 1 + has_store
+        assert (seen[0].store is not None) == has_store
 
     def test_the_help_names_every_shape(self) -> None:
         text = " ".join(self.invoke("--help").output.split())

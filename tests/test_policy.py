@@ -274,3 +274,16 @@ class TestPolicy:
         assert str(policy) == (
             "weights 20/80/0  cache 0/100/0  hidden 0/100/0 (% on device/host/disk), block 4 x 3, no overlap"
         )
+
+
+@pytest.mark.parametrize(
+    ("compression", "text"),
+    [
+        (Compression(), ""),
+        (Compression.of("4bit"), "weights 4 bit, cache 4 bit"),
+        (Compression(tables=8, group_size=32), "tables 8 bit, groups of 32"),
+        (Compression(weights=3, patterns={"*.fc2": 8, "*.fc1": None}), "weights 3 bit, *.fc2 8 bit, *.fc1 as it is"),
+    ],
+)
+def test_a_compression_says_what_it_is_in_few_words(compression: Compression, text: str) -> None:
+    assert str(compression) == text

@@ -62,9 +62,14 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     max_memory: Annotated[
         str | None, typer.Option(help="flexgen's: `cpu=2300MB,0=0.29w,disk=20GB`; 0 is the device.")
     ] = None,
-    cache_bits: Annotated[
-        int | None,
-        typer.Option(help="flexgen's: bits of a key's or value's element.", show_default="those of compute"),
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            help='flexgen\'s: `4bit` for weights and cache, or JSON such as `{"weights": 4}` or `{"cache": 16}`. '
+            "Weights are quantized once, into a store in the work folder, before anything is measured; "
+            "peers load the checkpoint as it is, whose bytes shares such as `0.29w` go on meaning.",
+            show_default="the policy's",
+        ),
     ] = None,
     host_attention: Annotated[
         bool | None,
@@ -138,7 +143,7 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     # all that can be misspelt is read before a checkpoint is written, which takes long; shares are of its weights
     ram, rates = parse_sum(memory_limit, "--memory-limit"), _rates(read_limit, write_limit)
     capacity, tiers = parse_sum(device_memory, "--device-memory"), parse_max_memory(max_memory, "--max-memory")
-    where, compression = _device(device, device_memory, link), _compression(shares, cache_bits)
+    where, asked = _device(device, device_memory, link), _compression(compression, shares)
     folder = _work_folder(work_folder)
     weights = _model_folder(model, folder, weights_dtype)
     if capacity is not None:
@@ -154,8 +159,9 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         flexgen=_given(
             policy=None if shares is None else shares.to_dict(),
             max_memory={tier: size.of(weights) for tier, size in tiers.items()} or None,
-            compression=compression,
+            compression=asked.to_dict() if asked else None,
         ),
+        store=_store(folder, weights, asked, names),
         threads=threads,
     )
     bench = Bench(folder, limits, time_limit, {"command": shlex.join(["flexgen-hf", *sys.argv[1:]])})
@@ -207,12 +213,22 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _compression(policy: Policy | None, cache_bits: int | None) -> dict[str, Any] | None:
-    """The policy's, with the cache in so many bits; None if nothing was said of it."""
-    if cache_bits is None:
+def _compression(text: str | None, policy: Policy | None) -> Compression:
+    """What is asked for by itself, or else by the policy."""
+    if text is None and policy is not None:
+        return policy.compression
+    return Compression.of(text)
+
+
+def _store(work_folder: Path, model_folder: Path, compression: Compression, systems: list[str]) -> str | None:
+    """The model's quantized weights, where they are asked for by a system that can use them."""
+    from .quantized import quantized_store
+    from .systems import is_ours
+
+    if not (compression.of_weights and any(map(is_ours, systems))):
         return None
-    given = Compression() if policy is None else policy.compression
-    return dataclasses.replace(given, cache=cache_bits).to_dict()
+    typer.echo(f"quantizing what is not quantized yet of {model_folder.name}: {compression}", err=True)
+    return str(quantized_store(work_folder, model_folder, compression))
 
 
 def _rates(read_limit: str | None, write_limit: str | None) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import PolicyError
-from ..policy import Placement, Policy
+from ..policy import Compression, Placement, Policy
 from .workload import Workload
 
 __all__ = ["SYSTEMS", "DeviceSpec", "Job", "is_ours", "load", "share_in_memory"]
@@ -49,6 +49,7 @@ class Job:
         offload: for accelerate, where the decoder layers are: `"disk"`, `"cpu"`, or `"mixed:0.6"`, the first 60 percent
             of their bytes in RAM and the others on disk.
         flexgen: for flexgen, its own arguments of `from_pretrained`, for example `policy`.
+        store: for flexgen, the model's weights in the compression that `flexgen` asks for; None is `model` itself.
         threads: of torch's arithmetic; None leaves it to torch.
     """
 
@@ -60,17 +61,30 @@ class Job:
     device: DeviceSpec = DeviceSpec()
     offload: str = "disk"
     flexgen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    store: str | None = None
     threads: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """What this system loads."""
+        return self.store if self.is_ours and self.store is not None else self.model
+
+    @property
+    def compression(self) -> Compression:
+        """Of weights and cache, where the system is this package's; peers have none."""
+        return Compression.of(self.flexgen.get("compression") if self.is_ours else None)
 
     @property
     def setting(self) -> str:
         """What distinguishes this job from others of its system, in a few words."""
-        if self.system != "accelerate":
-            return f"{self.workload.rows} rows, {self.dtype}"
-        where = f"on {self.offload}"
-        if self.offload.startswith("mixed"):
-            where = f"{share_in_memory(self.offload):.0%} on cpu, others on disk"
-        return f"{self.workload.rows} rows, {self.dtype}, layers {where}"
+        facts = [f"{self.workload.rows} rows", self.dtype]
+        if self.compression:
+            facts.append(str(self.compression))
+        if self.system == "accelerate":
+            is_mixed = self.offload.startswith("mixed")
+            where = f"{share_in_memory(self.offload):.0%} on cpu, others on disk" if is_mixed else f"on {self.offload}"
+            facts.append(f"layers {where}")
+        return ", ".join(facts)
 
     @property
     def is_ours(self) -> bool:
@@ -137,7 +151,7 @@ def _flexgen(job: Job) -> Any:
     from .. import FlexGenForCausalLM
 
     return FlexGenForCausalLM.from_pretrained(
-        job.model, offload_folder=job.offload_folder, device=job.device.name, dtype=job.dtype, **job.flexgen
+        job.folder, offload_folder=job.offload_folder, device=job.device.name, dtype=job.dtype, **job.flexgen
     )
 
 

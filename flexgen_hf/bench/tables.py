@@ -158,8 +158,7 @@ def _setting(record: Mapping[str, Any]) -> str:
     shares = " ".join(
         f"{share:g}" for placement in (known.weights, known.cache, known.hidden) for share in placement.percents()
     )
-    bits = {"weights": known.compression.weights, "cache": known.compression.cache}
-    extras = [f"{name} {width} bit" for name, width in bits.items() if width is not None]
+    extras = [str(known.compression)] if known.compression else []
     extras += ["host attention"] if known.host_attention else []
     extras += [] if known.overlap else ["no overlap"]
     return ", ".join([str(record["dtype"]), shares, *extras])

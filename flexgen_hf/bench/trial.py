@@ -51,7 +51,7 @@ class Bench:
         Raises:
             CapacityError: the limits cannot be set here.
         """
-        drop_page_cache([Path(job.model)], everything=bool(self.limits))
+        drop_page_cache([Path(job.folder)], everything=bool(self.limits))
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=self.work_folder))
             group = self._group(job, stack)
@@ -63,7 +63,7 @@ class Bench:
     def _group(self, job: Job, stack: contextlib.ExitStack) -> ControlGroup | None:
         if not self.limits:
             return None
-        return stack.enter_context(ControlGroup(self.limits, [self.work_folder, Path(job.model)]))
+        return stack.enter_context(ControlGroup(self.limits, [self.work_folder, Path(job.folder)]))
 
     def _run(self, job: Job, group: ControlGroup | None) -> Record:
         command = [sys.executable, "-m", "flexgen_hf.bench.worker"]

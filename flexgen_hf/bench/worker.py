@@ -57,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device = _device(job.device)
-    _warm_up(job.dtype)
+    _warm_up(job)
     started = time.perf_counter()
     with load(job) as model:
         load_s = time.perf_counter() - started
@@ -107,16 +107,22 @@ def _disk_bytes() -> dict[str, int]:
     return found
 
 
-def _warm_up(dtype: str) -> None:
+def _warm_up(job: Job) -> None:
     """Generates with a tiny model, so that libraries are in memory and set up: only weights are cold, and measured."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ..quantization import dispatch
+    from ..quantization.groupwise import GroupFormat
     from .shapes import config_of_shape
 
+    dtype: torch.dtype = getattr(torch, job.dtype)
     config = config_of_shape("tiny")
-    tiny: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+    tiny: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     tiny.eval().generate(**Workload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
+    if job.compression:  # kernels are compiled where they were never used before, which takes many seconds
+        fmt = GroupFormat(4, 64)
+        dispatch.dequantize(dispatch.quantize(torch.ones(1, 64), fmt), fmt, dtype)
 
 
 def _device(spec: DeviceSpec) -> Any:

@@ -26,13 +26,15 @@ from .architectures import Structure
 from .errors import UnsupportedModelError
 from .hidden_states import HiddenStates
 from .kv_cache import BlockCache
-from .parameters import ParameterTable, TileCast
+from .parameters import ParameterTable
 from .planning.placement import assign
 from .planning.schedule import Lane, Route, Schedule, Step, StepId, Traffic, What
 from .policy import Policy, Tier
+from .quantization.groupwise import GroupFormat, Quantized
 from .report import RunReport, peak_rss_bytes
 from .storage.lanes import Lanes, LaneUse, Ticket
 from .storage.workspace import Workspace
+from .tiles import TileCast, TileDequantize
 from .weights.store import WeightStore
 
 __all__ = ["Executor"]
@@ -107,7 +109,8 @@ class Executor:
         self._forgets = False  # what a prompt's embeddings and last layer return is dropped once it is used up
         self._checked: set[int] = set()  # stages whose modules were seen to have all their tensors
         self._parameters = ParameterTable(model)
-        self._tiles = TileCast()
+        self._tiles, self._dequantized_tiles = TileCast(), TileDequantize()
+        self._codes: dict[str, tuple[Quantized, GroupFormat]] = {}  # of the stage that computes
         self._parameters.install_resident(weights, model, space.device)
         self._patch()
 
@@ -159,6 +162,8 @@ class Executor:
             self.last_run.notes += self._hidden.notes
         self._cache = None
         self._tiles.release()
+        self._dequantized_tiles.release()
+        self._codes.clear()
         self._drop_hidden()
         self.last_run.upcasts = self._counted(self.weights.casts)
         self.last_run.dequantizations = self._counted(self.weights.dequantizations)
@@ -459,8 +464,11 @@ class Executor:
                 tensor.set_(tensor.new_full((), math.nan).expand(tensor.shape))  # type: ignore[call-overload]
 
     def _multiply(self, name: str, linear: Any, x: torch.Tensor) -> torch.Tensor:
-        """The forward of a layer's matrix that is kept in its stored dtype."""
-        self.weights.casts[name] += 1
+        """The forward of a layer's matrix that is kept in its stored dtype, or in codes."""
+        if name in self._codes:
+            self.weights.dequantizations[name] += 1
+            return self._dequantized_tiles.linear(x, *self._codes[name], linear.bias)
+        self.weights.casts[name] += linear.weight.dtype != x.dtype
         return self._tiles.linear(x, linear.weight, linear.bias)
 
     def _enter_head(self, head: Any, *args: Any, **kwargs: Any) -> Any:
@@ -524,7 +532,9 @@ class Executor:
     def _install(self, stage: int) -> None:
         source = self._weights_stage(stage)
         self._installs[source] += 1
-        self._parameters.install(source, self.weights.tensors(source, self._weights_slot(source)))
+        slot = self._weights_slot(source)
+        self._parameters.install(source, self.weights.tensors(source, slot))
+        self._codes = {name: (codes, fmt) for name, codes, fmt in self.weights.codes(source, slot)}
         if stage not in self._checked:
             # torch can multiply by a tensor on `meta` without an error and return garbage, so this is looked at once.
             self._parameters.check_complete(self._modules_of(stage), self.structure.stage_name(stage))

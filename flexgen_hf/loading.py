@@ -435,12 +435,12 @@ def _cast_late(
     tables: Mapping[str, int],
     one_batch: bool,
 ) -> list[StoredTensor]:
-    """Keeps in their stored dtype what the executor casts where it is used, piece by piece.
+    """Keeps in their stored dtype, or in codes, what the executor casts or dequantizes where it is used, tile by tile.
 
     Of the tables, a whole copy in the dtype of compute would be the largest buffer of all. A layer's matrices are
-    cast in this way if there is one micro-batch: a piece that stays in the processor's cache costs less than a copy
-    that is written to memory and read back. With more of them, one cast on the way serves all. Only plain modules allow
-    it: one that computes more with its weight (scales it, say) must see the right dtype.
+    used in this way if there is one micro-batch: a tile that stays in the processor's cache costs less than a copy
+    that is written to memory and read back. With more of them, one copy made on the way serves all.
+    Only plain modules allow it: one that computes more with its weight (scales it, say) must see the right dtype.
     """
     model: Any = structure.model
     plain = type(model.get_input_embeddings()) is nn.Embedding and type(model.get_output_embeddings()) is nn.Linear
@@ -449,11 +449,14 @@ def _cast_late(
         for index, layer in enumerate(structure.layers):
             prefix = f"{structure.layers_name}.{index}"
             late |= {f"{prefix}.{name}.weight" for name, part in layer.named_modules() if type(part) is nn.Linear}
-    late = {name for name in late if homes.get(name, Tier.DEVICE) is not Tier.DEVICE}
-    return [
-        dataclasses.replace(t, dtype=t.stored_dtype, is_late=True) if t.name in late and t.is_cast else t
-        for t in tensors
-    ]
+    found = []
+    for tensor in tensors:
+        if tensor.name in late - tables.keys() and tensor.is_quantized:
+            tensor = dataclasses.replace(tensor, is_late=True)  # noqa: PLW2901
+        elif tensor.name in late and tensor.is_cast and homes.get(tensor.name, Tier.DEVICE) is not Tier.DEVICE:
+            tensor = dataclasses.replace(tensor, dtype=tensor.stored_dtype, is_late=True)  # noqa: PLW2901
+        found.append(tensor)
+    return found
 
 
 def _is_tied(structure: Structure) -> bool:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .planning.budget import TILE_BYTES
 from .weights.store import WeightStore
 
-__all__ = ["ParameterTable", "TileCast"]
+__all__ = ["ParameterTable"]
 
 
 class ParameterTable:
@@ -103,53 +102,3 @@ class ParameterTable:
     def _put(self, name: str, value: Any) -> None:
         for store, key in self._places[name]:
             store[key] = value
-
-
-# What is cast at a time stays in the processor's cache where few rows are multiplied, and memory is the limit; where
-# many are, a larger part makes the product more efficient.
-_FEW_ROWS = 64
-_SMALL_TILE_BYTES = 2 << 20
-
-
-class TileCast:
-    """`torch.nn.functional.linear` for weights kept in another dtype, cast tile by tile into a reused buffer."""
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-
-    def release(self) -> None:
-        """Gives the buffer back."""
-        self._buffer = None
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The product.
-
-        Args:
-            x: (..., in_features) in the dtype of compute.
-            weight: (out_features, in_features).
-            bias: (out_features,) in the dtype of compute, or None.
-        """
-        if weight.dtype == x.dtype:
-            return nn.functional.linear(x, weight, bias)
-        width = weight.shape[1]
-        rows = x.reshape(-1, width)
-        out = x.new_empty((rows.shape[0], weight.shape[0]))
-        step = self._tile_rows(rows.shape[0], width * x.element_size())
-        tile = self._tile(step * width, x).view(step, width)
-        for start in range(0, weight.shape[0], step):
-            part = slice(start, min(start + step, weight.shape[0]))
-            cast = tile[: part.stop - part.start].copy_(weight[part])
-            torch.mm(rows, cast.t(), out=out[:, part])
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def _tile_rows(rows: int, row_bytes: int) -> int:
-        return max(1, (_SMALL_TILE_BYTES if rows <= _FEW_ROWS else TILE_BYTES) // row_bytes)
-
-    def _tile(self, size: int, like: torch.Tensor) -> torch.Tensor:
-        held = self._buffer
-        if held is None or held.dtype != like.dtype or held.device != like.device or held.numel() < size:
-            held = self._buffer = like.new_empty(size)
-        return held[:size]

@@ -18,7 +18,7 @@ ROWS = (
     {"storage"},
     {"cell_layout"},
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
-    {"kv_cache", "parameters", "report", "compression"},
+    {"kv_cache", "parameters", "report", "compression", "tiles"},
     {"progress", "microbatches"},
     {"accounting", "padding"},
     {"executor"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexgen_hf import Policy
-from flexgen_hf.parameters import TileCast
+from flexgen_hf.tiles import TileCast
 from tests.tiny import DISK, batch, greedy, load, reference, write_tiny_opt
 
 

@@ -122,7 +122,11 @@ def _warm_up(job: Job) -> None:
     tiny.eval().generate(**Workload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
     if job.compression:  # kernels are compiled where they were never used before, which takes many seconds
         fmt = GroupFormat(4, 64)
-        dispatch.dequantize(dispatch.quantize(torch.ones(1, 64), fmt), fmt, dtype)
+        q = dispatch.quantize(torch.ones(1, 64), fmt)
+        dispatch.dequantize(q, fmt, dtype)
+        for rows in (1, 2):
+            if (product := dispatch.row_multiplier(q, fmt, torch.ones(rows, 64, dtype=dtype))) is not None:
+                product[1](0, 1)
 
 
 def _device(spec: DeviceSpec) -> Any:

@@ -45,7 +45,7 @@ _Asked = TypeVar("_Asked", Policy, "Call")
 #: beams that change rows are exchanged through blocks of about this size (`cells.exchange`)
 EXCHANGE_BYTES = 2 << 20
 
-#: the largest tile of what is cast where it is multiplied (`parameters.TileCast`)
+#: the largest tile of what is cast where it is multiplied (`tiles.TileCast`)
 TILE_BYTES = 8 << 20
 
 #: pinned buffers of an accelerator's links, all together (`storage.pinned`)

@@ -10,6 +10,7 @@ dequantize(q, fmt, torch.bfloat16, threads=2)
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
 
@@ -20,7 +21,16 @@ from ..errors import PolicyError
 from . import groupwise, search
 from .groupwise import GroupFormat, Quantized
 
-__all__ = ["METHODS", "Method", "dequantize", "has_kernels", "quantize", "scratch_bytes"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "dequantize",
+    "has_kernels",
+    "quantize",
+    "row_multiplier",
+    "row_reader",
+    "scratch_bytes",
+]
 
 Method = Literal["minmax", "search"]
 
@@ -117,3 +127,50 @@ def dequantize(
             if triton_kernels.is_available():
                 return triton_kernels.dequantize(q, fmt, dtype, out)
     return groupwise.dequantize(q, fmt, dtype, out)
+
+
+def row_reader(q: Quantized, fmt: GroupFormat) -> Callable[[int, int, Tensor], None]:
+    """What dequantizes rows `first` to before `last` into a tensor on the CPU, at little cost for each call.
+
+    Args:
+        q: what `quantize` made with the same format, of two dimensions.
+        fmt: width and group size.
+
+    Raises:
+        QuantizationError: `q` is of another format.
+    """
+    groupwise.check_parts(q, fmt)
+    kernels = _kernels()
+    fast = kernels.row_reader(q, fmt) if kernels is not None else None
+
+    def read(first: int, last: int, out: Tensor) -> None:
+        if fast is not None and out.dtype in _KERNEL_DTYPES:
+            fast(first, last, out)
+        else:
+            codes, scales, minima = (part[first:last] for part in (q.codes, q.scales, q.minima))
+            groupwise.dequantize(Quantized(codes, scales, minima, (last - first, q.shape[1])), fmt, out=out)
+
+    return read
+
+
+def row_multiplier(q: Quantized, fmt: GroupFormat, x: Tensor) -> tuple[Tensor, Callable[[int, int], None]] | None:
+    """Multiplies a few rows by a quantized matrix while it is dequantized, nothing of which is written to memory.
+
+    Args:
+        q: what `quantize` made with the same format, of two dimensions.
+        fmt: width and group size.
+        x: (rows, length).
+
+    Returns:
+        The product, (rows, rows of `q`), and what computes its columns `first` to before `last`, which is to be called
+        for all of them; None if another way is faster: without kernels, with many rows, and in 16 bit, where a weight
+        is rounded before it is multiplied.
+
+    Raises:
+        QuantizationError: `q` is of another format.
+    """
+    groupwise.check_parts(q, fmt)
+    kernels = _kernels()
+    if kernels is None or x.dtype is not torch.float32 or x.device.type != "cpu" or not 0 < len(x) <= kernels.MOST_ROWS:
+        return None
+    return kernels.row_multiplier(q, fmt, x)  # type: ignore[no-any-return]

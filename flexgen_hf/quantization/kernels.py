@@ -26,7 +26,7 @@ from . import groupwise
 from .groupwise import GroupFormat, Quantized, as_rows
 from .search import MARGIN, REFITS, SHRINKS
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["dequantize", "quantize", "row_multiplier", "row_reader"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -39,18 +39,28 @@ _Kernel = Callable[[np.ndarray, _Parts, int, int, np.ndarray, int, int], int]
 _CHUNK_ELEMENTS = 1 << 19
 # Below this many elements, starting threads takes longer than the work.
 _SHARED_ELEMENTS = 1 << 18
+# Bytes for each element of a group: its code; the third bits of a width of 3; a float32.
+_SCRATCH = 6
+
+#: the most rows that `row_multiplier` multiplies
+MOST_ROWS = 4
 
 
-def _kernel(function: _Function) -> _Function:
+def _kernel(function: _Function, **more: Any) -> _Function:
     """Compiles without Python's lock and keeps the machine code, where there is a folder to keep it in."""
     # Without numba's runtime a kernel can allocate nothing, so its caller brings scratch; but slices cost nothing. With
     # it, references to arrays are counted, atomically, in every group: half of the speed. numpy's division looks for no
     # zeros.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False, **more}
     try:
         return cast(_Function, numba.njit(function, cache=True, **options))
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         return cast(_Function, numba.njit(function, **options))
+
+
+def _product(function: _Function) -> _Function:
+    """A kernel whose sums may be added up in any order, as products' are: several at once, then these."""
+    return _kernel(function, fastmath={"contract", "nsz", "reassoc"})
 
 
 def _inlined(function: _Function) -> _Function:
@@ -196,6 +206,41 @@ def _rows_to_bfloat16(scratch: Any, parts: Any, bits: int, size: int, out: Any, 
 def _rows_to_float16(scratch: Any, parts: Any, bits: int, size: int, out: Any, first: int, last: int) -> int:
     _dequantize_rows(scratch, parts, (bits, size), out, (first, last), _to_half)
     return -1
+
+
+@_product
+def _multiply_row(scratch: Any, parts: Any, bits: int, size: int, x: Any, out: Any, rows: Any) -> None:
+    """A row of `x`, padded to whole groups, by rows of a quantized matrix."""
+    packed, scales, minima = parts
+    codes, third, nbytes = scratch[:size], scratch[size : 2 * size], size * bits // 8
+    for row in range(rows[0], rows[1]):
+        total = np.float32(0)
+        for group in range(scales.shape[1]):
+            scale, minimum = _from_half(scales[row, group]), _from_half(minima[row, group])
+            _unpack(packed[row, group * nbytes : (group + 1) * nbytes], bits, codes, third)
+            values = x[0, group * size : (group + 1) * size]
+            for i in range(size):
+                total += (np.float32(codes[i]) * scale + minimum) * values[i]
+        out[0, row] = total
+
+
+@_product
+def _multiply_four_rows(scratch: Any, parts: Any, bits: int, size: int, x: Any, out: Any, rows: Any) -> None:
+    """As `_multiply_row`, for four rows of `x`."""
+    packed, scales, minima = parts
+    codes, third, nbytes = scratch[:size], scratch[size : 2 * size], size * bits // 8
+    zero = np.float32(0)
+    for row in range(rows[0], rows[1]):
+        t0, t1, t2, t3 = zero, zero, zero, zero
+        for group in range(scales.shape[1]):
+            scale, minimum = _from_half(scales[row, group]), _from_half(minima[row, group])
+            _unpack(packed[row, group * nbytes : (group + 1) * nbytes], bits, codes, third)
+            start, end = group * size, (group + 1) * size
+            x0, x1, x2, x3 = x[0, start:end], x[1, start:end], x[2, start:end], x[3, start:end]
+            for i in range(size):
+                weight = np.float32(codes[i]) * scale + minimum
+                t0, t1, t2, t3 = t0 + weight * x0[i], t1 + weight * x1[i], t2 + weight * x2[i], t3 + weight * x3[i]
+        out[0, row], out[1, row], out[2, row], out[3, row] = t0, t1, t2, t3
 
 
 @_inlined
@@ -419,6 +464,34 @@ def dequantize(
     return out if out.is_contiguous() else out.copy_(target)
 
 
+def row_reader(q: Quantized, fmt: GroupFormat) -> Callable[[int, int, Tensor], None]:
+    """`dispatch.row_reader` where there are kernels; what it reads into must be contiguous."""
+    codes, scales, minima = _arrays(q)
+
+    def read(first: int, last: int, out: Tensor) -> None:
+        parts = codes[first:last], scales[first:last], minima[first:last]
+        scratch = np.empty(_SCRATCH * fmt.group_size, np.uint8)
+        _DEQUANTIZE[out.dtype](scratch, parts, fmt.bits, fmt.group_size, _array(out), 0, last - first)
+
+    return read
+
+
+def row_multiplier(q: Quantized, fmt: GroupFormat, x: Tensor) -> tuple[Tensor, Callable[[int, int], None]]:
+    """See `dispatch.row_multiplier`."""
+    parts, rows = _arrays(q), 1 if len(x) == 1 else MOST_ROWS
+    padded = x.new_zeros((rows, parts[1].shape[1] * fmt.group_size))
+    padded[: len(x), : x.shape[1]] = x
+    out = x.new_empty((rows, len(parts[0])))
+    given, taken = padded.numpy(), out.numpy()
+    kernel = _multiply_row if rows == 1 else _multiply_four_rows
+
+    def multiply(first: int, last: int) -> None:
+        scratch = np.empty(_SCRATCH * fmt.group_size, np.uint8)
+        kernel(scratch, parts, fmt.bits, fmt.group_size, given, taken, (first, last))
+
+    return out[: len(x)], multiply
+
+
 def quantize(
     x: Tensor,
     fmt: GroupFormat,
@@ -470,8 +543,7 @@ def _share(kernel: _Kernel, parts: _Parts, fmt: GroupFormat, array: np.ndarray, 
     cuts = [count * k // threads for k in range(threads + 1)]
 
     def work(first: int, last: int) -> int:
-        # of a group: its codes; the third bits of a width of 3; a float32 for each element
-        scratch = np.empty(6 * fmt.group_size, np.uint8)
+        scratch = np.empty(_SCRATCH * fmt.group_size, np.uint8)
         return kernel(scratch, parts, fmt.bits, fmt.group_size, array, first, last)
 
     if threads == 1:

@@ -18,18 +18,19 @@ from pathlib import Path
 
 import torch
 
-from ..planning.budget import Need
+from ..planning.budget import TILE_BYTES, Need
 from ..planning.placement import realised
 from ..planning.schedule import Route
 from ..policy import Tier
 from ..quantization import dispatch
-from ..quantization.groupwise import Quantized, as_rows
+from ..quantization.groupwise import GroupFormat, Quantized, as_rows
 from ..storage.buffers import PAGE, Buffer, round_up, tensor_view
 from ..storage.files import Files
 from ..storage.workspace import Workspace
+from .dequantizing import Dequantizer, parts_bytes, rows_at
 from .format import TensorExtent
 from .pieces import torch_dtype
-from .quantized import QuantizedExtent, rows_of
+from .quantized import QuantizedExtent
 
 __all__ = ["StoredTensor", "WeightStore"]
 
@@ -57,7 +58,7 @@ class StoredTensor:
         stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
         extent: the bytes in a safetensors file, or those of its parts if it is quantized.
         dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
-        is_late: it arrives in its stored dtype and is cast where it is used.
+        is_late: it arrives in its stored dtype and is cast where it is used, or in codes and is dequantized there.
     """
 
     name: str
@@ -199,19 +200,20 @@ class WeightStore:
         self._files = Files()
         self._tensors, self._homes = list(tensors), dict(homes)
         self._resident: dict[str, torch.Tensor] = {}
-        self._quantized: dict[str, Quantized] = {}  # those whose home is the device
+        self._dequantizer = Dequantizer(space)
         self._taken: list[Need] = []  # in the account, beside buffers
         #: how often each tensor was cast to the dtype of compute
         self.casts: collections.Counter[str] = collections.Counter()
         #: how often each quantized tensor was dequantized
-        self.dequantizations: collections.Counter[str] = collections.Counter()
+        self.dequantizations = self._dequantizer.counts
         self._piece_bytes = self._size_of_pieces(num_stages)
         self._stages = [_Stage() for _ in range(num_stages)]
-        for stage, members in enumerate(self._by_stage(num_stages)):
+        self._stage_members = self._by_stage(num_stages)
+        self._by_name = {tensor.name: tensor for tensor in self._tensors}
+        for stage, members in enumerate(self._stage_members):
             self._stages[stage] = self._lay_out(members)
         self._slots = self._make_slots()
         self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
-        self._arrived = Buffer(space.ledger, Tier.DEVICE, space.device, "weight staging")
 
     # -------------------------------------------------------------------------------------------------- what there is
     @property
@@ -235,13 +237,16 @@ class WeightStore:
         if self._space.is_direct:
             return 0
         segments = (s for plan in self._stages for piece in plan.pieces for s in piece.segments if s.at)
-        return max((_parts_bytes(segment) for segment in segments), default=0)
+        quantized = ((s.tensor.extent, s.count) for s in segments)
+        return max((parts_bytes(e, count) for e, count in quantized if isinstance(e, QuantizedExtent)), default=0)
 
     @property
     def _scratch_bytes(self) -> int:
-        """What dequantizing allocates meanwhile."""
+        """What dequantizing allocates meanwhile: its own scratch, and tiles of what is multiplied from its codes."""
         is_used = any(tensor.is_quantized for tensor in self._tensors)
-        return dispatch.scratch_bytes(self._space.device) if is_used else 0
+        late = (t.device_bytes for t in self._tensors if t.is_quantized and t.is_late)
+        tiles = min(TILE_BYTES, max(late, default=0))
+        return tiles + (dispatch.scratch_bytes(self._space.device) if is_used else 0)
 
     @property
     def needs(self) -> list[Need]:
@@ -263,7 +268,7 @@ class WeightStore:
         return tuple(tuple(piece.route for piece in stage.pieces) for stage in self._stages)
 
     def late(self, stage: int) -> list[str]:
-        """Matrices of a stage that arrive in their stored dtype, to be cast where they are multiplied."""
+        """Matrices of a stage that arrive in another form than that of compute, to be multiplied tile by tile."""
         return [tensor.name for tensor in self._tensors if tensor.stage == stage and tensor.is_late]
 
     def resident(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -276,7 +281,7 @@ class WeightStore:
         host, device = self._buffers(stage, slot)
         for memory, part in ((plan.arena, plan.host), (host, plan.in_place)):
             for tensor, at in part:
-                if tensor.name not in plan.pushed:
+                if tensor.name not in plan.pushed and not tensor.is_quantized:
                     assert memory is not None
                     value = tensor_view(memory.bytes, at, tensor.stored_dtype, tensor.extent.shape)
                     self.casts[tensor.name] += tensor.is_cast
@@ -284,6 +289,31 @@ class WeightStore:
         for tensor, at in plan.pushed.values():
             assert device is not None
             yield tensor.name, tensor_view(device.bytes, at, tensor.dtype, tensor.extent.shape)
+        for name in self._from_codes(stage):
+            tensor = self._by_name[name]
+            yield name, torch.full((), math.nan, dtype=tensor.dtype).expand(tensor.extent.shape)
+
+    def codes(self, stage: int, slot: int) -> Iterator[tuple[str, Quantized, GroupFormat]]:
+        """The matrices of a stage that are to be multiplied from their codes: `tensors` shows NaN in place of them."""
+        plan = self._stages[stage]
+        host, _ = self._buffers(stage, slot)
+        memories = {t.name: (plan.arena, t.offsets(at)) for t, at in plan.host}
+        for tensor, at in plan.in_place:
+            first = tensor.extent.offset
+            memories[tensor.name] = (host, [at + part.offset - first for part in tensor.parts])
+        for name in self._from_codes(stage):
+            extent = self._by_name[name].extent
+            assert isinstance(extent, QuantizedExtent)
+            held = self._dequantizer.held.get(name)
+            if held is None:
+                memory, places = memories[name]
+                assert memory is not None
+                held = rows_at(extent, extent.rows, memory.bytes, places)
+            yield name, held, extent.format
+
+    def _from_codes(self, stage: int) -> list[str]:
+        pushed = self._stages[stage].pushed
+        return [t.name for t in self._stage_members[stage] if t.is_quantized and t.name not in pushed]
 
     # ------------------------------------------------------------------------------------------------------ moving it
     def load_homes(self, progress: Callable[[int], None] | None = None) -> None:
@@ -301,7 +331,7 @@ class WeightStore:
         for buffer in self._staging if self._staging_bytes else ():
             buffer.ensure(self._staging_bytes)
         if self._arrived_bytes:
-            self._arrived.ensure(self._arrived_bytes)
+            self._dequantizer.arrived.ensure(self._arrived_bytes)
         self._take(Tier.DEVICE, self._scratch_bytes, "dequantizing")
         for loaded in itertools.chain(self._fill_arenas(), self._make_resident()):
             if progress is not None:
@@ -328,7 +358,9 @@ class WeightStore:
             start = plan.pushed[tensor.name][1] + segment.first * width * tensor.dtype.itemsize
             target = tensor_view(device.bytes, start, tensor.dtype, (segment.count, width))
             if isinstance(tensor.extent, QuantizedExtent):
-                moved += self._dequantize(segment, tensor.extent, source, target)
+                rows = range(segment.first, segment.first + segment.count)
+                place = (source.bytes, segment.at) if source is not None and segment.at else None
+                moved += self._dequantizer.push(tensor.name, tensor.extent, rows, place, target)
             else:
                 assert source is not None
                 given = tensor_view(source.bytes, segment.at[0], tensor.stored_dtype, (segment.count, width))
@@ -337,35 +369,6 @@ class WeightStore:
                 if tensor.is_cast and segment.first == 0:
                     self.casts[tensor.name] += 1
         return moved
-
-    def _dequantize(
-        self, segment: _Segment, extent: QuantizedExtent, source: Buffer | None, target: torch.Tensor
-    ) -> int:
-        """Rows of a quantized tensor, wherever they are, into their place; returns the bytes that crossed."""
-        last = segment.first + segment.count
-        if segment.at:
-            assert source is not None
-            rows = self._rows(extent, segment.count, source.bytes, segment.at)
-            if not self._space.is_direct:
-                arrived = self._rows(extent, segment.count, self._arrived.bytes, _packed(segment))
-                for there, here in zip(_tensors(arrived), _tensors(rows), strict=True):
-                    self._space.copy(there, here)
-                rows = arrived
-        else:
-            rows = rows_of(self._quantized[segment.tensor.name], segment.first, last)
-        dispatch.dequantize(rows, extent.format, out=target)
-        if segment.first == 0:
-            self.dequantizations[segment.tensor.name] += 1
-        return rows.nbytes if segment.at else 0
-
-    @staticmethod
-    def _rows(extent: QuantizedExtent, count: int, memory: torch.Tensor, at: Sequence[int]) -> Quantized:
-        """Views of so many rows whose parts begin at these places of a memory."""
-        codes, scales, minima = (
-            tensor_view(memory, begin, torch_dtype(part.dtype), (count, part.shape[-1]))
-            for part, begin in zip(extent.parts, at, strict=True)
-        )
-        return Quantized(codes, scales, minima, (count, extent.shape[-1]))
 
     def fetch_now(self, stage: int, slot: int = 0) -> None:
         """Reads and pushes a stage in the calling thread; no lane may be using its slot or the staging buffers."""
@@ -397,10 +400,10 @@ class WeightStore:
         for plan in self._stages:
             if plan.arena is not None:
                 plan.arena.free()
-        self._arrived.free()
+        self._dequantizer.close()
         for need in self._taken:
             self._space.ledger.give(*need)
-        self._resident, self._quantized, self._taken = {}, {}, []
+        self._resident, self._taken = {}, []
 
     # --------------------------------------------------------------------------------------------------------- layout
     def _by_stage(self, num_stages: int) -> list[list[StoredTensor]]:
@@ -424,7 +427,7 @@ class WeightStore:
             moved = []
         else:
             plan.pieces, moved = _cut(_in_file_order(disk), self._piece_bytes), disk
-        held = [t for t in members if t.is_quantized and self._homes[t.name] is Tier.DEVICE]
+        held = [t for t in members if t.is_quantized and not t.is_late and self._homes[t.name] is Tier.DEVICE]
         at = 0
         for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t)), *held):
             plan.pushed[tensor.name] = (tensor, at)
@@ -444,7 +447,8 @@ class WeightStore:
     def _is_pushed(self, tensor: StoredTensor) -> bool:
         """Whether a tensor cannot be used where it was read."""
         is_large = tensor.stored_bytes > _SMALL_BYTES
-        return not self._space.is_direct or tensor.is_quantized or (tensor.is_cast and is_large)
+        is_changed = not tensor.is_late and (tensor.is_quantized or (tensor.is_cast and is_large))
+        return not self._space.is_direct or is_changed
 
     def _make_slots(self) -> dict[tuple[str, int], list[tuple[Buffer, int]]]:
         """For each slot a buffer on the host and one on the device, with the bytes they must hold."""
@@ -494,7 +498,7 @@ class WeightStore:
                 if isinstance(tensor.extent, QuantizedExtent):
                     codes, scales, minima = map(as_rows, parts)
                     shape = (tensor.extent.rows, tensor.extent.shape[-1])
-                    self._quantized[tensor.name] = Quantized(codes, scales, minima, shape)
+                    self._dequantizer.held[tensor.name] = Quantized(codes, scales, minima, shape)
                 else:
                     (self._resident[tensor.name],) = parts
 
@@ -502,23 +506,6 @@ class WeightStore:
         """Enters into the account what is in no buffer."""
         self._space.ledger.take(tier, nbytes, what)
         self._taken.append(Need(tier, nbytes, what))
-
-
-def _tensors(q: Quantized) -> tuple[torch.Tensor, ...]:
-    return q.codes, q.scales, q.minima
-
-
-def _packed(segment: _Segment) -> list[int]:
-    """Where the parts of a segment begin, one after the other."""
-    return list(itertools.accumulate(_sizes(segment)[:-1], initial=0))
-
-
-def _parts_bytes(segment: _Segment) -> int:
-    return sum(_sizes(segment)) if segment.tensor.is_quantized else 0
-
-
-def _sizes(segment: _Segment) -> list[int]:
-    return [round_up(segment.count * size, 64) for size in _unit(segment.tensor)[1]]
 
 
 def _unit(tensor: StoredTensor) -> tuple[int, list[int]]:

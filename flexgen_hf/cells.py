@@ -2,7 +2,8 @@
 
 A `Cell` is a transformers cache layer. It is allocated once for the longest sequence it will see and appended in place;
 only new keys and values move home. Its tokens lie one after the other, `(tokens, batch, heads, head_dim)`, so that what
-a step adds is contiguous in memory and in the file.
+a step adds is contiguous in memory and in the file. A cell that is attended at home lies by heads, for attention reads
+it so; all but the memory itself sees the same axes.
 
 A cell on disk lies in its slot as it lies in its file: keys and values each begin on a page, and the slot holds all
 from the first loaded token's page on. So whole pages can be moved, past the page cache, though a token's keys may end
@@ -379,7 +380,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """Copies of keys and values as they are kept, each (tokens, batch, *row). No lane may be busy."""
         shape = self._known()
         if self.home is not Tier.DISK:
-            keys, values = shape.views(self._home_memory(), self._capacity)
+            keys, values = self._at_home()
             return keys[: self.length].clone(), values[: self.length].clone()
         keys, values = (torch.empty((self.length, shape.batch, *shape.row(k)), dtype=shape.dtype) for k in (0, 1))
         for part, wanted in enumerate((keys, values)):
@@ -414,7 +415,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """
         shape, (old, new) = self._known(), tokens
         if self.home is not Tier.DISK:
-            return shape.views(self._home_memory(), self._capacity)[part][old:new]
+            return self._at_home()[part][old:new]
         start, size = shape.parts(self._capacity)[part]
         memory = self._space.bounce((new - old) * size)
         if load:
@@ -490,14 +491,21 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             raise RuntimeError("a cell was used before it had a shape")
         return self._shape
 
-    def _home_memory(self) -> torch.Tensor:
+    @property
+    def _is_attended_at_home(self) -> bool:
+        """Whether attention reads the home itself: it is in the dtype of compute, and not moved."""
+        return not self._space.casts and (self._stays or not self.route.moves)
+
+    def _at_home(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a cell that is not on disk, each (capacity, batch, *row)."""
         assert self._memory is not None
-        return self._memory.bytes
+        return self._known().views(self._memory.bytes, self._capacity, by_heads=self._is_attended_at_home)
 
     def _kept(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values at home, or of a cell on disk in the slot's staging buffer."""
-        memory = self._space.staging(slot) if self.home is Tier.DISK else self._home_memory()
-        return self._known().views(memory, self._capacity)
+        if self.home is not Tier.DISK:
+            return self._at_home()
+        return self._known().views(self._space.staging(slot), self._capacity)
 
     def _fits(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         if self._shape is None:
@@ -541,18 +549,17 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     def _working(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as compute sees them, each (capacity, batch, heads, head_dim)."""
-        shape = self._known()
         if self._stays or not self.route.moves:
-            return shape.views(self._home_memory(), self._capacity)
+            return self._at_home()
         self._claim_slot()
-        return shape.in_compute().views(self._space.working(self._slot), self._capacity)
+        return self._known().in_compute().views(self._space.working(self._slot), self._capacity)
 
     def _cast_for_host(self, states: tuple[torch.Tensor, torch.Tensor], first: int, old: int) -> tuple[Any, Any]:
         """New tokens to their home, and everything from `first` on as attention on the host needs it."""
         shape, seen = self._known(), self._known().in_compute()
         memory = self._space.attended(seen.nbytes(self._capacity))
         wanted = seen.views(memory, self.length - first)
-        kept = shape.views(self._home_memory(), self._capacity)
+        kept = self._at_home()
         for part, start, end in self._pieces((first, old)):
             shape.restore(part, kept[part][start:end], wanted[part][start - first : end - first], self._space.copy)
         for part, given in enumerate(states):
@@ -590,11 +597,12 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def _pieces(self, tokens: _Tokens) -> Iterator[tuple[int, int, int]]:
         """Cuts the keys (part 0) and values (part 1) of some tokens into (part, first, last one excluded).
 
-        What is cast or packed between devices goes through memory of its own: only a block at a time.
+        What is cast, packed or rearranged between devices goes through memory of its own: only a block at a time.
         """
         seen = self._known().in_compute()
         for part in range(2):
-            step = max(1, _BLOCK_BYTES // seen.token_bytes(part) if self._space.casts else tokens[1])
+            passes = self._space.casts or self._stays
+            step = max(1, _BLOCK_BYTES // seen.token_bytes(part) if passes else tokens[1])
             for old in range(*tokens, step):
                 yield part, old, min(old + step, tokens[1])
 

@@ -458,6 +458,28 @@ class TestIn16Bit:
             assert beside == (1 if host_attention else pair.space.num_slots) * 2 * PAGE
 
 
+class TestAttendedAtHome:
+    """A head's tokens lie together, as attention reads them."""
+
+    @pytest.mark.parametrize("home", [Tier.DEVICE, Tier.HOST])
+    @pytest.mark.parametrize("tokens", [1, 2, 5])  # the last one makes cells grow
+    def test_by_heads(self, tmp_path, space, home, tokens):
+        options: dict[str, Any] = {"space": space, "host_attention": home is Tier.HOST}
+        with contextlib.closing(Pair(tmp_path, [home], rows=2, **options)) as pair:
+            pair.append(3)
+            keys, values = (torch.zeros(2, HEADS, tokens, dim) for dim in (pair.dim, pair.value_dim))
+            seen = pair.ours.children[0].cells[0].update(keys, values)
+            assert all(part[row, head].is_contiguous() for part in seen for row in range(2) for head in range(HEADS))
+
+    def test_rows_change_places_with_those_of_cells_that_lie_token_by_token(self, tmp_path, space):
+        options: dict[str, Any] = {"space": space, "rows": 6, "capacity": 9}
+        with contextlib.closing(Pair(tmp_path, [Tier.DEVICE, Tier.DISK, Tier.HOST], **options)) as pair:
+            pair.append(3)
+            pair.reorder([5, 3, 3, 0, 1, 4])
+            pair.append(1)
+            pair.check()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return write_tiny_opt(tmp_path_factory.mktemp("checkpoint"))

@@ -74,6 +74,14 @@ class Structure:
         return self._is_tested
 
     @property
+    def hands_states_on(self) -> bool:
+        """Whether the model's code passes on what a cache returns to its attention function, and does nothing else.
+
+        Known of the tested families only; others would be refused when they look at what has no memory.
+        """
+        return self._is_tested
+
+    @property
     def _is_tested(self) -> bool:
         config: Any = self.model.config
         return is_tested(config.model_type)

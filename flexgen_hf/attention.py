@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .cell_attention import KeptStates, kept_states
 from .errors import UnsupportedModelError
 
 __all__ = ["NAME", "check_supported", "register", "why_not_supported"]
@@ -89,7 +90,7 @@ def _attend(
     Args:
         module: the attention module.
         query: (batch, heads, new tokens, head_dim), on the device of compute.
-        key: (batch, kv heads, tokens, head_dim), on that device or on the host.
+        key: (batch, kv heads, tokens, head_dim), on that device or on the host, or a stand-in of a cell's.
         value: as `key`.
         attention_mask: (batch, 1, new tokens, tokens), what makes it, or None.
         options: scaling, dropout and what else transformers passes.
@@ -102,12 +103,41 @@ def _attend(
     plain: Any = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
     if isinstance(attention_mask, _LateMask):
         attention_mask = attention_mask.make()
+    if (kept := kept_states(key)) is not None:
+        return _attend_to_kept(plain, module, query, kept, attention_mask, **options), None
+    if key.device.type == "meta":
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes keys after they left the cache, but they are attended as they are kept; "
+            "leave host_attention or the compression of the cache out"
+        )
     if key.device == query.device:
         output, weights = plain(module, query, key, value, attention_mask, **options)
         return output, weights
     there = {name: _to(item, key.device) for name, item in options.items()}
     output, weights = plain(module, query.to(key.device), key, value, _to(attention_mask, key.device), **there)
     return output.to(query.device), weights
+
+
+def _attend_to_kept(
+    plain: Any,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    kept: KeptStates,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """As `_attend`, over a cell as it is kept. What more than scores and a mask is asked for gets whole keys."""
+    there, mask = query.to(kept.device), _to(attention_mask, kept.device)
+    is_more = options.get("dropout") or any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    if is_more or (mask is None and query.shape[2] > 1):
+        keys, values = kept.restored()
+        options = {name: _to(item, kept.device) for name, item in options.items()}
+        output: torch.Tensor = plain(module, there, keys, values, mask, **options)[0]
+    else:
+        scaling = options.get("scaling")
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        output = kept.attend(there, mask, scaling).transpose(1, 2).contiguous()
+    return output.to(query.device)
 
 
 def _to(value: Any, device: torch.device) -> Any:

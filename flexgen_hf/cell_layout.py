@@ -11,7 +11,8 @@ In groups it is a record of bytes that belongs to this row alone: the scales of 
 (see `quantization.groupwise`), and a byte more if their number is odd. So a token's bytes are contiguous: what a step
 adds to a file is one request for keys and one for values, as it is without compression, where scales, minima and codes
 in parts of their own would take six, of a page each at least. A row that beams or batches move takes its record along,
-which nobody has to unpack. The price is a copy of the codes, a block at a time, before they are unpacked.
+which nobody has to unpack. Kernels write and read records where they lie; plain torch goes through copies of codes,
+scales and minima.
 """
 
 from __future__ import annotations
@@ -117,12 +118,9 @@ class CellShape:
         if self.dtype is not torch.uint8:
             copy(rows, states)
             return
-        made = quantize(states, self._formats[part], ("keys", "values")[part], threads=torch.get_num_threads())
         packed = rows if rows.device == states.device else torch.empty_like(rows, device=states.device)
-        room = self._quantized(part, packed)
-        room.scales.copy_(made.scales)
-        room.minima.copy_(made.minima)
-        room.codes.copy_(made.codes)
+        name, room = ("keys", "values")[part], self.quantized(part, packed)
+        quantize(states, self.formats[part], name, out=room, threads=torch.get_num_threads())
         if packed is not rows:
             copy(rows, packed)
 
@@ -135,12 +133,11 @@ class CellShape:
         if rows.device != states.device:
             packed = torch.empty_like(rows, device=states.device)
             copy(packed, rows)
-        dequantize(self._quantized(part, packed), self._formats[part], out=states, threads=torch.get_num_threads())
+        dequantize(self.quantized(part, packed), self.formats[part], out=states, threads=torch.get_num_threads())
 
-    # ---------------------------------------------------------------------------------------------------------- inside
     @functools.cached_property
-    def _formats(self) -> tuple[GroupFormat, GroupFormat]:
-        """Groups lie along head_dim; one that is shorter than a group is a group of its own, a multiple of 8 long."""
+    def formats(self) -> tuple[GroupFormat, GroupFormat]:
+        """Of keys and values in groups, along head_dim; one shorter than a group is one, a multiple of 8 long."""
         assert self.compression.cache is not None
         bits, size = self.compression.cache, self.compression.group_size
         keys, values = (GroupFormat(bits, min(size, round_up(width, 8))) for _, width in (self.key, self.value))
@@ -152,19 +149,20 @@ class CellShape:
         heads, width = self.row(part)
         return tensor_view(memory, start, self.dtype, (self.batch, heads, capacity, width)).permute(2, 0, 1, 3)
 
-    @functools.cached_property
-    def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if self.dtype is not torch.uint8:
-            return self.key, self.value
-        sizes = [fmt.nbytes(heads) for fmt, heads in zip(self._formats, (self.key, self.value), strict=True)]
-        return (round_up(sizes[0], GROUP_DTYPE.itemsize),), (round_up(sizes[1], GROUP_DTYPE.itemsize),)
-
-    def _quantized(self, part: int, rows: torch.Tensor) -> Quantized:
-        """The parts of packed rows, all views."""
-        fmt, heads = self._formats[part], (self.key, self.value)[part]
+    def quantized(self, part: int, rows: torch.Tensor) -> Quantized:
+        """The parts of keys or values in groups, (tokens, batch, *row), all views."""
+        fmt, heads = self.formats[part], (self.key, self.value)[part]
         groups, codes = fmt.groups(heads), fmt.packed_shape(heads)
         size = math.prod(groups) * GROUP_DTYPE.itemsize
         scales = torch.unflatten(rows[..., :size].view(GROUP_DTYPE), -1, groups)
         minima = torch.unflatten(rows[..., size : 2 * size].view(GROUP_DTYPE), -1, groups)
         packed = torch.unflatten(rows[..., 2 * size : 2 * size + math.prod(codes)], -1, codes)
         return Quantized(packed, scales, minima, (*rows.shape[:-1], *heads))
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+    @functools.cached_property
+    def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.dtype is not torch.uint8:
+            return self.key, self.value
+        sizes = [fmt.nbytes(heads) for fmt, heads in zip(self.formats, (self.key, self.value), strict=True)]
+        return (round_up(sizes[0], GROUP_DTYPE.itemsize),), (round_up(sizes[1], GROUP_DTYPE.itemsize),)

@@ -9,10 +9,11 @@ A cell on disk lies in its slot as it lies in its file: keys and values each beg
 from the first loaded token's page on. So whole pages can be moved, past the page cache, though a token's keys may end
 anywhere: what is before a new token in its page is in the slot, what is behind it is not in use yet.
 
-With compression a cell is kept in fewer bits than compute uses: cast to 16, or in groups of 2, 3, 4 or 8. It is then
-cast, or unpacked, on the way to a slot, also where no link is to be crossed, and what a step adds is cast or packed on
-the way back: the step itself still sees it in full precision, later ones see what was kept. What is kept is never cast
-or packed again: not when the cell moves, nor when it grows or its rows change places.
+With compression a cell is kept in fewer bits than compute uses: cast to 16, or in groups of 2, 3, 4 or 8. Where
+attention takes it as it is kept, it stays so (see `cell_attention`). Elsewhere it is cast, or unpacked, on the way to a
+slot, also where no link is to be crossed, and what a step adds is cast or packed on the way back. The step itself sees
+it in full precision, later ones see what was kept. What is kept is never cast or packed again: not when the cell moves,
+nor when it grows or its rows change places.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .cell_attention import KeptStates
 from .cell_layout import CellShape, kept_dtype
 from .errors import UnsupportedModelError
 from .planning.budget import EXCHANGE_BYTES, Need
@@ -50,12 +52,10 @@ class SlotBytes(NamedTuple):
     Args:
         staging: on the host, as the cell is kept.
         working: where compute is, in its dtype; 0 if compute uses the staging buffer itself.
-        attended: on the host of an accelerator, in the dtype of compute, for a cell that is attended there.
     """
 
     staging: int = 0
     working: int = 0
-    attended: int = 0
 
 
 class CellGrowth(NamedTuple):
@@ -80,6 +80,7 @@ class CacheSpace:
         host_attention: cells that live on the host are attended to there.
         compression: in how many bits cells are kept.
         dtype: of compute.
+        attends_kept: on a CPU, attention takes cells in groups as they are kept.
     """
 
     def __init__(
@@ -88,17 +89,19 @@ class CacheSpace:
         host_attention: bool = False,
         compression: Compression | None = None,
         dtype: torch.dtype = torch.float32,
+        attends_kept: bool = False,
     ) -> None:
         self._space = space
         self.direct = space.is_direct
         self.host_attention = host_attention and not space.is_direct
-        #: cells are not kept as compute uses them, so all of them pass through slots
-        self.casts = kept_dtype(dtype, compression or Compression()) != dtype
         self._compression = compression or Compression()
+        kept = kept_dtype(dtype, self._compression)
+        #: cells are not kept as compute uses them
+        self.casts = kept != dtype
+        self.attends_kept = attends_kept and space.is_direct and kept is torch.uint8
         slots = range(space.rings.cache)
         self._staging = [space.staging("cache slots") for _ in slots]
         self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "cache slots") for _ in slots]
-        self._attended = Buffer(space.ledger, Tier.HOST, space.device, "cache slots")
         self._scratch = {
             tier: Buffer(space.ledger, tier, space.device, "cache scratch") for tier in (Tier.DEVICE, Tier.HOST)
         }
@@ -141,10 +144,6 @@ class CacheSpace:
         """The memory that compute sees."""
         return (self._staging if self.direct and not self.casts else self._device_slots)[slot].bytes
 
-    def attended(self, nbytes: int) -> torch.Tensor:
-        """Host memory for a cell that is cast and attended there, one after the other; what was in it may be lost."""
-        return self._attended.ensure(nbytes)
-
     def scratch(self, tier: Tier, nbytes: int) -> torch.Tensor:
         """Memory of a tier for what is done outside of lanes; what was in it may be lost."""
         return self._scratch[tier].ensure(nbytes)
@@ -172,28 +171,24 @@ class CacheSpace:
         """Grows all buffers that cells pass through; no lane may be using them."""
         for slot in range(self.num_slots):
             self.ensure_slot(slot, needs)
-        if needs.attended:
-            self.attended(needs.attended)
 
     def growth(self, needs: SlotBytes, bounce: int) -> Iterator[Need]:
         """What the buffers would take more if each had these bytes."""
         yield Need(Tier.HOST, max(0, bounce - self._bounce.nbytes), "cache scratch")
         wanted = [(buffer, needs.staging) for buffer in self._staging]
         wanted += [(buffer, needs.working) for buffer in self._device_slots]
-        for buffer, nbytes in [*wanted, (self._attended, needs.attended)]:
+        for buffer, nbytes in wanted:
             yield Need(buffer.tier, max(0, nbytes - buffer.nbytes), "cache slots")
 
     def holds(self, needs: SlotBytes) -> bool:
         """Whether every buffer has the bytes that are needed."""
-        return (
-            all(buffer.nbytes >= needs.staging for buffer in self._staging)
-            and all(buffer.nbytes >= needs.working for buffer in self._device_slots)
-            and self._attended.nbytes >= needs.attended
+        return all(buffer.nbytes >= needs.staging for buffer in self._staging) and all(
+            buffer.nbytes >= needs.working for buffer in self._device_slots
         )
 
     def close(self) -> None:
         """Gives everything back, the file too."""
-        reused = (*self._staging, *self._device_slots, *self._scratch.values(), self._attended, self._bounce)
+        reused = (*self._staging, *self._device_slots, *self._scratch.values(), self._bounce)
         for buffer in (*reused, *self._buffers):
             buffer.free()
         if self._spill is not None:
@@ -235,7 +230,10 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends (batch, heads, new tokens, head_dim); returns what attention sees, in the same order of axes."""
+        """Appends (batch, heads, new tokens, head_dim); returns what attention sees, in the same order of axes.
+
+        If attention is to take the cell as it is kept, these are stand-ins (see `cell_attention`).
+        """
         if not self._fits(key_states, value_states):
             self.discard()
             self.lazy_initialization(key_states, value_states)
@@ -247,7 +245,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             return key_states, value_states
         if self._stays and self._space.casts:
             self.length, self._added = new, (old, new)
-            return self._cast_for_host((key_states, value_states), first, old)
+            return self._as_kept((key_states, value_states), first, old)
         keys, values = self._working()
         keys[old:new].copy_(key_states.permute(2, 0, 1, 3))
         values[old:new].copy_(value_states.permute(2, 0, 1, 3))
@@ -311,8 +309,8 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     @property
     def _stays(self) -> bool:
-        """Whether the device attends to this cell on the host, instead of having it moved."""
-        return self._space.host_attention and self.home is Tier.HOST
+        """Whether attention comes to this cell where it is kept, instead of having it brought to where compute is."""
+        return self._space.attends_kept or (self._space.host_attention and self.home is Tier.HOST)
 
     def bind(self, slot: int) -> None:
         """Says in which slot the cell's contents are (or will be made) when compute calls `update`."""
@@ -554,19 +552,17 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self._claim_slot()
         return self._known().in_compute().views(self._space.working(self._slot), self._capacity)
 
-    def _cast_for_host(self, states: tuple[torch.Tensor, torch.Tensor], first: int, old: int) -> tuple[Any, Any]:
-        """New tokens to their home, and everything from `first` on as attention on the host needs it."""
-        shape, seen = self._known(), self._known().in_compute()
-        memory = self._space.attended(seen.nbytes(self._capacity))
-        wanted = seen.views(memory, self.length - first)
-        kept = self._at_home()
-        for part, start, end in self._pieces((first, old)):
-            shape.restore(part, kept[part][start:end], wanted[part][start - first : end - first], self._space.copy)
-        for part, given in enumerate(states):
-            new = wanted[part][old - first :]
-            new.copy_(given.permute(2, 0, 1, 3))
-            shape.keep(part, new, kept[part][old : self.length], self._space.copy)
-        return wanted[0].permute(1, 2, 0, 3), wanted[1].permute(1, 2, 0, 3)
+    def _as_kept(
+        self, states: tuple[torch.Tensor, torch.Tensor], first: int, old: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Brings new tokens to where the cell is kept; stand-ins for everything from `first` on."""
+        if self.home is Tier.DISK:
+            self._claim_slot()
+        shape, kept = self._known(), self._kept(self._slot)
+        own = states[0].to(kept[0].device), states[1].to(kept[1].device)
+        for part, given in enumerate(own):
+            shape.keep(part, given.permute(2, 0, 1, 3), kept[part][old : self.length], self._space.copy)
+        return KeptStates(shape, (kept[0][first:old], kept[1][first:old]), own).stand_ins()
 
     @property
     def nbytes(self) -> int:
@@ -582,8 +578,6 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         if self._shape is None or not self.route.moves:
             return SlotBytes()
         seen = self._shape.in_compute().nbytes(capacity)
-        if self._stays:
-            return SlotBytes(attended=seen if self._space.casts else 0)
         staging = self._shape.nbytes(capacity) if self.home is Tier.DISK else 0
         return SlotBytes(staging=staging, working=seen if self.route.push else 0)
 

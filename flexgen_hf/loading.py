@@ -35,6 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import attention
 from .accounting import shape_of
 from .architectures import Structure, describe, is_tested
+from .cell_layout import kept_dtype
 from .checkpoints import (
     CheckpointTensor,
     index_files,
@@ -359,7 +360,7 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     if policy.host_attention and not space.is_direct:  # on a CPU, cells on the host are attended to there anyway
         attention.check_supported(model)
         model.set_attn_implementation(attention.NAME)
-    elif policy.num_batches > 1 and demand.shape.makes_masks_late:
+    elif demand.shape.attends_kept or (policy.num_batches > 1 and demand.shape.makes_masks_late):
         model.set_attn_implementation(attention.NAME)
     store = place(policy.weights)
     ledger.check(store.needs, lambda: _what_fits(demand, policy, ledger.limits()))
@@ -410,8 +411,14 @@ def _demand(
             inner[stage] += math.prod(tensor.extent.shape) // hidden
     shape = shape_of(model.config, max(inner.values(), default=0), dtype, compression, casts_head)
     is_plain = model.config._attn_implementation == "sdpa" and attention.why_not_supported(model) is None
+    attends_kept = (
+        space.is_direct and is_plain and structure.hands_states_on and kept_dtype(dtype, compression) is torch.uint8
+    )
+    shape = dataclasses.replace(
+        shape, makes_masks_late=is_plain, reads_once=structure.reads_once, attends_kept=attends_kept
+    )
     return Demand(
-        dataclasses.replace(shape, makes_masks_late=is_plain, reads_once=structure.reads_once),
+        shape,
         functools.lru_cache(maxsize=64)(lambda placement: place(placement).needs),
         direct=space.is_direct,
         pinned=space.is_asynchronous,

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
+from . import attention
 from .accounting import Account, cache_geometry
 from .cells import CacheSpace
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
@@ -251,7 +252,11 @@ class FlexGenForCausalLM(FixedWeights):
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
         policy = self.policy
-        space = CacheSpace(self._executor.space, policy.host_attention, policy.compression, self.dtype)
+        # the user may have set another attention since the model was loaded
+        attends_kept = self._account.demand.shape.attends_kept and self.config._attn_implementation == attention.NAME
+        space = CacheSpace(
+            self._executor.space, policy.host_attention, policy.compression, self.dtype, attends_kept=attends_kept
+        )
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
         windows = _windows(self.config)

@@ -75,12 +75,6 @@ def test_many_threads_may_call_at_once():
     assert all(same_bits(one, expected) for one in made)
 
 
-def test_16_bit_tensors_are_cast_in_parts(monkeypatch):
-    x, fmt = torch.randn(50, 100, generator=torch.Generator().manual_seed(3)).bfloat16(), GroupFormat()
-    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", 300)
-    assert same_parts(kernels.quantize(x, fmt), groupwise.quantize(x, fmt))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 65505.0])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_refusals_are_the_same(value, threads, monkeypatch):

@@ -17,6 +17,7 @@ ROWS = (
     {"planning", "quantization"},
     {"storage"},
     {"cell_layout"},
+    {"cell_attention"},
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
     {"kv_cache", "parameters", "report", "compression", "tiles"},
     {"progress", "microbatches"},

@@ -89,6 +89,7 @@ class ModelShape:
         vocab_size: rows of the head's table.
         itemsize: bytes of an element in compute.
         kept_key_bytes: of a token's keys of one row at home; None if they are kept as compute uses them.
+        attends_kept: on a CPU, attention takes cells as they are kept.
         casts_head: the head's table is kept in another dtype than that of compute, and cast tile by tile.
         makes_masks_late: with several micro-batches, masks are made where a layer attends.
         reads_once: with several micro-batches, embeddings are dropped after the first layer, and of what the last one
@@ -104,6 +105,7 @@ class ModelShape:
     vocab_size: int
     itemsize: int
     kept_key_bytes: int | None = None
+    attends_kept: bool = False
     casts_head: bool = False
     makes_masks_late: bool = False
     reads_once: bool = False
@@ -234,23 +236,21 @@ class Demand:
         cells = [(layer, batch) for layer in range(shape.num_layers) for batch in range(len(batches))]
         homes = assign([(cell, 1) for cell in cells], policy.cache)
         held = dict.fromkeys(Tier, 0)
-        staging = working = attended = 0
+        staging = working = 0
         for cell, home in homes.items():
             rows = batches[cell[1]]
             kept = 2 * _pages(rows * call.capacity * self._kept)
             seen = 2 * _pages(rows * call.capacity * shape.key_size * shape.itemsize)
             held[home] += kept
-            if policy.host_attention and not self.direct and home is Tier.HOST:
-                attended = max(attended, seen if casts else 0)
-                continue
             if home is Tier.DISK:
                 staging = max(staging, kept)
-            if casts or (not self.direct and home is not Tier.DEVICE):
+            stays = shape.attends_kept if self.direct else policy.host_attention and home is Tier.HOST
+            if not stays and (casts or (not self.direct and home is not Tier.DEVICE)):
                 working = max(working, seen)
         for tier in Tier:
             yield Need(tier, held[tier], "the KV cache" if tier is Tier.DISK else "KV cache")
         slots = rings_of(policy).cache
-        yield Need(Tier.HOST, slots * staging + attended, "cache slots")
+        yield Need(Tier.HOST, slots * staging, "cache slots")
         yield Need(Tier.DEVICE, slots * working, "cache slots")
         if call.beams > 1:
             yield from self._exchange(call, list(homes.values()))

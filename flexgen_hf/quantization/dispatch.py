@@ -24,6 +24,7 @@ from .groupwise import GroupFormat, Quantized
 __all__ = [
     "METHODS",
     "Method",
+    "attend",
     "dequantize",
     "has_kernels",
     "quantize",
@@ -49,6 +50,14 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    if device.type != "cuda":
+        return None
+    from . import triton_kernels  # takes a while, and is not needed elsewhere
+
+    return triton_kernels if triton_kernels.is_available() else None
+
+
 def has_kernels() -> bool:
     """Whether there are kernels for the CPU, about four times as fast as plain torch."""
     return _kernels() is not None
@@ -58,11 +67,7 @@ def scratch_bytes(device: torch.device) -> int:
     """The most that dequantizing allocates on a device beside the result; kernels need nothing."""
     if device.type == "cpu":
         return 0 if has_kernels() else groupwise.SCRATCH_BYTES
-    if device.type == "cuda":
-        from . import triton_kernels  # takes a while, and is not needed elsewhere
-
-        return 0 if triton_kernels.is_available() else groupwise.SCRATCH_BYTES
-    return groupwise.SCRATCH_BYTES
+    return 0 if _triton_kernels(device) is not None else groupwise.SCRATCH_BYTES
 
 
 def quantize(
@@ -91,10 +96,13 @@ def quantize(
     if method not in METHODS:
         raise PolicyError(f"group quantization: method={method!r} does not exist; use 'minmax' or 'search'")
     kernels = _kernels()
-    is_ready = out is None or all(part.is_contiguous() for part in (out.codes, out.scales, out.minima))
-    if kernels is not None and x.device.type == "cpu" and is_ready:
+    if kernels is not None and x.device.type == "cpu":
         return kernels.quantize(x, fmt, name, method, out, threads)  # type: ignore[no-any-return]
-    return search.quantize(x, fmt, name, out) if method == "search" else groupwise.quantize(x, fmt, name, out)
+    if method == "search":
+        return search.quantize(x, fmt, name, out)
+    if (triton_kernels := _triton_kernels(x.device)) is not None:
+        return triton_kernels.quantize(x, fmt, name, out)  # type: ignore[no-any-return]
+    return groupwise.quantize(x, fmt, name, out)
 
 
 def dequantize(
@@ -121,12 +129,34 @@ def dequantize(
     if target in _KERNEL_DTYPES:
         if kernels is not None and q.codes.device.type == "cpu":
             return kernels.dequantize(q, fmt, dtype, out, threads)  # type: ignore[no-any-return]
-        if q.codes.device.type == "cuda":
-            from . import triton_kernels  # takes a while, and is not needed elsewhere
-
-            if triton_kernels.is_available():
-                return triton_kernels.dequantize(q, fmt, dtype, out)
+        if (triton_kernels := _triton_kernels(q.codes.device)) is not None:
+            return triton_kernels.dequantize(q, fmt, dtype, out)  # type: ignore[no-any-return]
     return groupwise.dequantize(q, fmt, dtype, out)
+
+
+def attend(
+    query: Tensor,
+    own: tuple[Tensor, Tensor],
+    kept: tuple[Quantized, Quantized],
+    formats: tuple[GroupFormat, GroupFormat],
+    bias: Tensor,
+    threads: int = 1,
+) -> Tensor | None:
+    """Attention of one query per row to keys and values that stay quantized, or None where there is no kernel for it.
+
+    Args:
+        query: see `attention_kernels.attend`, as what follows.
+        own: key and value of one token more.
+        kept: keys and values.
+        formats: of keys and values.
+        bias: what a mask adds to scores.
+        threads: of the kernel.
+    """
+    if _kernels() is None or query.device.type != "cpu":
+        return None
+    from . import attention_kernels
+
+    return attention_kernels.attend(query, own, kept, formats, bias, threads)
 
 
 def row_reader(q: Quantized, fmt: GroupFormat) -> Callable[[int, int, Tensor], None]:
@@ -170,7 +200,8 @@ def row_multiplier(q: Quantized, fmt: GroupFormat, x: Tensor) -> tuple[Tensor, C
         QuantizationError: `q` is of another format.
     """
     groupwise.check_parts(q, fmt)
-    kernels = _kernels()
-    if kernels is None or x.dtype is not torch.float32 or x.device.type != "cpu" or not 0 < len(x) <= kernels.MOST_ROWS:
+    if _kernels() is None or x.dtype is not torch.float32 or x.device.type != "cpu":
         return None
-    return kernels.row_multiplier(q, fmt, x)  # type: ignore[no-any-return]
+    from . import product_kernels
+
+    return product_kernels.row_multiplier(q, fmt, x) if 0 < len(x) <= product_kernels.MOST_ROWS else None

@@ -4,8 +4,8 @@ Tokens lie one after the other, and the rows of a micro-batch within a token: `(
 and values in another that begins on a page. As computed, and in 16 bit, a row of a token is `(heads, head_dim)`.
 
 What is attended where it lives, as it is kept, never goes to a file and lies *by heads*, `(batch, heads, capacity,
-head_dim)`: a head's tokens are read one after the other, by which attention on a CPU is two to three times as fast. Its
-views have the axes of all others.
+head_dim)`: a head's tokens are read one after the other, by which attention on a CPU is two to three times as fast in
+16 bit. Its views have the axes of all others.
 
 In groups it is a record of bytes that belongs to this row alone: the scales of all its heads, their minima, their codes
 (see `quantization.groupwise`), and a byte more if their number is odd. So a token's bytes are contiguous: what a step

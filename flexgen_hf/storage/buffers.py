@@ -14,9 +14,12 @@ from ..errors import CapacityError
 from ..policy import Tier
 from .ledger import Ledger, gib
 
-__all__ = ["PAGE", "Buffer", "return_freed_memory", "round_up", "tensor_view"]
+__all__ = ["PAGE", "Buffer", "host_memory", "return_freed_memory", "round_up", "tensor_view"]
 
 PAGE = 4096
+
+# Of x86 and of most others; smaller memory cannot hold one.
+_HUGE_PAGE = 2 << 20
 
 # Freed blocks of more than this go back to the system; smaller ones cost more time than room.
 _KEPT_BYTES = 1 << 20
@@ -98,7 +101,20 @@ def _allocate(nbytes: int, device: torch.device, pinned: bool) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(_anonymous(nbytes), dtype=torch.uint8)
+    return host_memory(nbytes)
+
+
+def host_memory(nbytes: int) -> torch.Tensor:
+    """Ordinary memory, uint8 and (nbytes,), from a page on; in nobody's account.
+
+    It goes back to the system with its last tensor. Where the system has huge pages for those who ask, large memory is
+    in them: a matrix that is gone through once is limited by how fast its pages are found, too.
+    """
+    mapped = _anonymous(max(nbytes, 1))
+    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapped, dtype=torch.uint8)[:nbytes]
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:

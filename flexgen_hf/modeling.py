@@ -34,6 +34,7 @@ from .planning.placement import assign
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
+from .weights.store import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["FlexGenForCausalLM", "attach"]
@@ -134,6 +135,11 @@ class FlexGenForCausalLM(FixedWeights):
     def last_run(self) -> RunReport | None:
         """What the last `generate` or `forward` did."""
         return self._executor.last_run
+
+    @property
+    def stored_weights(self) -> list[StoredTensor]:
+        """Every tensor of the model and where its bytes lie in files."""
+        return self._executor.weights.stored
 
     def close(self) -> None:
         """Gives back all memory and files; the model cannot be used afterwards."""

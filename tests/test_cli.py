@@ -265,9 +265,9 @@ class TestEndings:
 
     def test_the_commands(self):
         screen = run("--help").stdout
-        assert all(f" {name} " in screen for name in ("convert", "demo", "generate", "verify"))
+        assert all(f" {name} " in screen for name in ("convert", "demo", "generate", "quality", "verify"))
 
-    @pytest.mark.parametrize("command", ["convert", "demo", "generate", "verify"])
+    @pytest.mark.parametrize("command", ["convert", "demo", "generate", "quality", "verify"])
     def test_every_option_is_explained(self, command):
         assert run(command, "--help").exit_code == 0
 

@@ -26,7 +26,7 @@ ROWS = (
     {"checkpoints"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "bench", "apps", "integrations"},
+    {"text", "quality", "bench", "apps", "integrations"},
     {"demo"},
     {"cli"},
 )

@@ -107,8 +107,8 @@ def test_threads_share_heads_and_rows_and_change_nothing(threads: int, monkeypat
         query, (states.own[0][:, :, 0], states.own[1][:, :, 0]),
         (shape.quantized(0, states.kept[0]), shape.quantized(1, states.kept[1])), shape.formats, torch.zeros(1, 51),
     )  # fmt: skip
-    alone = attention_kernels.attend(*arguments)
-    assert torch.equal(attention_kernels.attend(*arguments, threads), alone)
+    attend: Any = attention_kernels.attend
+    assert torch.equal(attend(*arguments, threads), attend(*arguments))
 
 
 @pytest.mark.parametrize("new", [1, 2])

@@ -14,11 +14,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..report import peak_rss_bytes
 from .systems import DeviceSpec, Job, load
 from .workload import Workload
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["main", "run"]
 
@@ -112,21 +115,31 @@ def _warm_up(job: Job) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ..quantization import dispatch
-    from ..quantization.groupwise import GroupFormat
     from .shapes import config_of_shape
 
     dtype: torch.dtype = getattr(torch, job.dtype)
     config = config_of_shape("tiny")
     tiny: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     tiny.eval().generate(**Workload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
-    if job.compression:  # kernels are compiled where they were never used before, which takes many seconds
-        fmt = GroupFormat(4, 64)
-        q = dispatch.quantize(torch.ones(1, 64), fmt)
-        dispatch.dequantize(q, fmt, dtype)
-        for rows in (1, 2):
-            if (product := dispatch.row_multiplier(q, fmt, torch.ones(rows, 64, dtype=dtype))) is not None:
-                product[1](0, 1)
+    if job.compression:
+        _warm_up_kernels(dtype)
+
+
+def _warm_up_kernels(dtype: torch.dtype) -> None:
+    """Has kernels compiled where they were never used before, which takes many seconds."""
+    import torch
+
+    from ..quantization import dispatch
+    from ..quantization.groupwise import GroupFormat
+
+    fmt, states = GroupFormat(4, 64), torch.ones(1, 1, 1, 64, dtype=dtype)
+    cell = dispatch.quantize(states, fmt)
+    dispatch.dequantize(cell, fmt, dtype)
+    dispatch.attend(states[0], (states[0], states[0]), (cell, cell), (fmt, fmt), torch.zeros(1, 2))
+    q = dispatch.quantize(torch.ones(1, 64), fmt)
+    for rows in (1, 2):
+        if (product := dispatch.row_multiplier(q, fmt, torch.ones(rows, 64, dtype=dtype))) is not None:
+            product[1](0, 1)
 
 
 def _device(spec: DeviceSpec) -> Any:

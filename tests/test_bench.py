@@ -537,6 +537,13 @@ class TestTables:
         assert text.count("`another`") == 1
         assert "2026-01-02 to 2026-01-05, commit abc" in text
 
+    def test_reads_are_compared_with_their_limit(self) -> None:
+        ours = self.record("flexgen", 1.0, decode_s=10.0)
+        ours["limits"] = {**ours["limits"], "read_bytes_per_s": 50_000_000}
+        ours["report"]["decode_lanes"] = {"disk_to_host": {"busy_s": 4.0, "idle_s": 6.0, "bytes": 480_000_000}}
+        assert self.rows(tables.markdown([ours]))[0]["of the read limit"] == "96%"
+        assert "96% of the disk's read limit used in decode" in table([ours])
+
     def test_older_records_are_read(self) -> None:
         old = self.record("flexgen", 1.0)
         for name in ("decode_sweep_s", "disk_read_bytes", "threads", "device_use"):

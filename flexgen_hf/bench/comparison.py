@@ -14,7 +14,7 @@ from typing import Any
 from .systems import Job, is_ours
 from .trial import Record
 
-__all__ = ["Peers", "Summary", "compare", "equal_rows", "jobs_of", "summarize", "table"]
+__all__ = ["Peers", "Summary", "compare", "equal_rows", "jobs_of", "share_of_read_limit", "summarize", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,19 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return words + [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
 
 
+def share_of_read_limit(record: Record) -> float:
+    """What one of our runs read in decode, as a share of what the limit allowed; 0 where there is no limit.
+
+    A limit holds on average: what a control group does not read for some ms, it may read faster later. So a lane of
+    disk reads can be idle half of the time and at the limit all the same.
+    """
+    limit = record.get("limits", {}).get("read_bytes_per_s")
+    lane = (record.get("report") or {}).get("decode_lanes", {}).get("disk_to_host")
+    if not limit or not lane or not record.get("decode_s"):
+        return 0.0
+    return float(lane["bytes"] / record["decode_s"] / limit)
+
+
 def _notes(records: Iterable[Record], summaries: Sequence[Summary]) -> list[str]:
     notes = [f"{r['system']} ({r['setting']}): {r['error']}" for r in records if r["status"] == "error"]
     shown = {(summary.system, summary.setting) for summary in summaries}
@@ -203,7 +216,9 @@ def _notes(records: Iterable[Record], summaries: Sequence[Summary]) -> list[str]
     for summary in ours:
         report: Any = summary.records[0]["report"]
         busy = f"{report['bottleneck']} busy {report['share_of_limit']:.0%}"
-        notes.append(f"{summary.system}: {busy} of the time in sweeps")
+        reads = share_of_read_limit(summary.records[0])
+        limit = f", {reads:.0%} of the disk's read limit used in decode" if reads else ""
+        notes.append(f"{summary.system}: {busy} of the time in sweeps{limit}")
     return notes + (_equalities(ours[0], summaries) if ours else [])
 
 

@@ -15,7 +15,7 @@ import typer
 
 from ..errors import FlexGenError
 from ..policy import Policy
-from .comparison import Summary, summarize
+from .comparison import Summary, share_of_read_limit, summarize
 from .trial import Record
 
 __all__ = ["main", "markdown", "read_records"]
@@ -127,6 +127,7 @@ def _cells(summary: Summary, best_peer: float) -> dict[str, str]:
         "group MB": _megabytes(max(record.get("group_peak_bytes", 0) for record in summary.records)),
         "device MB": _megabytes(_device_use(summary, "peak_bytes")),
         "limit in decode": _limit(first.get("report")),
+        "of the read limit": f"{reads:.0%}" if (reads := share_of_read_limit(first)) else _NONE,
         "x best peer": f"{speed / best_peer:.2f}" if best_peer else _NONE,
     }
 

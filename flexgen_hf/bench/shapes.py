@@ -60,10 +60,8 @@ class Shape:
     special: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_opt: bool = True
 
-    def config(self) -> Any:
-        """The configuration, a class of transformers."""
-        from transformers import LlamaConfig, OPTConfig
-
+    def fields(self) -> dict[str, Any]:
+        """The fields of the configuration that differ from its class's own, or that decide its size."""
         fields: dict[str, Any] = {
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
@@ -72,8 +70,15 @@ class Shape:
         }
         if self.is_opt:
             fields |= {"ffn_dim": 4 * self.hidden, "word_embed_proj_dim": self.hidden, "vocab_size": 50272}
-            return OPTConfig(**{**fields, **self.special})
-        return LlamaConfig(**{**fields, "pad_token_id": 1, "tie_word_embeddings": True, **self.special})
+        else:
+            fields |= {"pad_token_id": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+        return {**fields, **self.special}
+
+    def config(self) -> Any:
+        """The configuration, a class of transformers."""
+        from transformers import LlamaConfig, OPTConfig
+
+        return OPTConfig(**self.fields()) if self.is_opt else LlamaConfig(**self.fields())
 
 
 def _like(layers: int, hidden: int, heads: int, head_dim: int, intermediate_size: int, vocab_size: int) -> Shape:

@@ -17,7 +17,14 @@ from flexgen_hf.planning.presets import PRESETS, hardware_of, preset
 from flexgen_hf.planning.schedule import Lane
 
 # names and switches have no source, and what was not measured needs none
-NUMBERS = {f.name for f in dataclasses.fields(Hardware)} - {"name", "unified", "sources", "cached_read", "cached_write"}
+NUMBERS = {f.name for f in dataclasses.fields(Hardware)} - {
+    "name",
+    "unified",
+    "direct",
+    "sources",
+    "cached_read",
+    "cached_write",
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -92,7 +99,8 @@ def test_a_single_number_is_a_speed_at_all_sizes() -> None:
         ({"host_bytes": True}, "host_bytes=True is not a number"),
         ({"device_bytes": "16GB"}, "device_bytes='16GB' is not a number"),
         ({"compute_s": float("nan")}, "compute_s=nan"),
-        ({"unified": 1}, "unified true or false"),
+        ({"unified": 1}, "true or false"),
+        ({"direct": True}, "direct only with unified"),
         ({"sources": {"colour": "red"}}, "'colour', which is no field"),
         ({"format_version": 9}, "format version 9 is not 1"),
     ],

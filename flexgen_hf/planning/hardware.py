@@ -79,7 +79,8 @@ class Hardware:
         device_bytes: memory of the compute device that is free for a model.
         host_bytes: RAM that is free for a model; with `unified`, of both together.
         disk_bytes: room on the disk.
-        unified: the device computes in host memory.
+        unified: device and host are one memory.
+        direct: what is more, compute works where things lie on the host, as a CPU does.
         disk_to_host: reads past the page cache, by bytes of a request.
         host_to_disk: writes past it.
         host_to_device: the link to the device.
@@ -120,6 +121,7 @@ class Hardware:
     unpack_elements_per_s: float
     pack_elements_per_s: float
     unified: bool = False
+    direct: bool = False
     cached_read: Curve | None = None
     cached_write: Curve | None = None
     transfer_s: float = 0.0
@@ -138,8 +140,10 @@ class Hardware:
             elif field.name.endswith(("_bytes", "_flops", "_per_s")) and field.name != "matmul_flops":
                 _positive(value, field.name)
         object.__setattr__(self, "matmul_flops", _curves_of_types(self.matmul_flops))
-        if not isinstance(self.sources, Mapping) or not isinstance(self.unified, bool):
-            raise PolicyError("hardware: sources is an object of texts, and unified true or false")
+        if not isinstance(self.sources, Mapping):
+            raise PolicyError("hardware: sources is not an object of texts")
+        if not (isinstance(self.unified, bool) and isinstance(self.direct, bool)) or self.direct > self.unified:
+            raise PolicyError("hardware: unified and direct are true or false, and direct only with unified")
         unknown = sorted(set(self.sources) - {field.name for field in dataclasses.fields(self)})
         if unknown:
             raise PolicyError(f"hardware: a source is given for {unknown[0]!r}, which is no field; {_known_fields()}")

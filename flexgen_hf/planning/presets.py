@@ -36,7 +36,7 @@ _PACK_BYTES = 4.5625
 
 _TRANSFER_S = 20e-6
 _COMPUTE_S = 300e-6
-_SWEEP_S = 5e-3
+_SWEEP_S = 2e-3
 _OVERHEADS = {
     "transfer_s": "a copy's launch and its event: an estimate",
     "compute_s": "about 30 kernels of a layer at 10 us: an estimate",
@@ -278,6 +278,7 @@ def _two_cores() -> Hardware:
         unpack_elements_per_s=4.6e9,
         pack_elements_per_s=1e9,
         unified=True,
+        direct=True,
         cached_read=constant(12e9),
         transfer_s=50e-6,
         compute_s=1e-3,

@@ -125,7 +125,7 @@ class LayerShape:
         return compression.weights if is_worth_it else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: it is long, and a key of caches
 class ModelShape:
     """A causal language model in numbers.
 

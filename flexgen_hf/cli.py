@@ -17,6 +17,7 @@ from conversion.commands import convert_command, verify_command
 from . import __version__
 from .bench.command import bench_command
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
+from .plan_command import plan_command
 from .policy import Policy
 
 __all__ = ["app", "main", "parse_max_memory", "parse_policy", "read_prompts"]
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command("convert")(convert_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
+app.command("plan")(plan_command)
 
 _Dtype = Literal["float16", "bfloat16", "float32"]
 _Percents = tuple[float, float, float, float, float, float]

@@ -26,7 +26,7 @@ ROWS = (
     {"loading", "modeling"},
     {"__init__"},
     {"text", "bench", "apps", "integrations"},
-    {"demo"},
+    {"demo", "plan_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "SHAPES", "Shape", "config_of_shape", "is_shape", "random_checkpoint", "random_pieces", "write_random_checkpoint",
+    "SHAPES", "Shape", "config_of_shape", "is_shape", "random_checkpoint", "random_pieces", "shape_fields",
+    "write_random_checkpoint",
 ]  # fmt: skip
 
 
@@ -129,6 +130,15 @@ def config_of_shape(name: str) -> Any:
     Raises:
         PolicyError: no such shape, or no number of layers.
     """
+    return _named(name).config()
+
+
+def shape_fields(name: str) -> dict[str, Any]:
+    """The fields of the configuration of a shape, without transformers; arguments and errors of `config_of_shape`."""
+    return _named(name).fields()
+
+
+def _named(name: str) -> Shape:
     base, colon, layers = name.partition(":")
     if base not in SHAPES:
         raise PolicyError(f"no shape {name!r}; known are {', '.join(SHAPES)}")
@@ -137,7 +147,7 @@ def config_of_shape(name: str) -> Any:
         if not (layers.isdecimal() and int(layers)):
             raise PolicyError(f"shape {name!r}: {layers!r} is no number of layers; write for example '{base}:6'")
         shape = dataclasses.replace(shape, layers=int(layers))
-    return shape.config()
+    return shape
 
 
 def random_checkpoint(work_folder: str | Path, name: str, dtype: torch.dtype) -> Path:

@@ -46,8 +46,10 @@ class Clock:
         free, ended = self._free, self._ended
         for step in steps:
             lane = step.id.lane
-            start = max((ended.get(name, 0.0) for name in step.after), default=0.0)
-            start = max(start, free[lane])
+            start = free[lane]
+            for name in step.after:
+                before = ended.get(name, 0.0)
+                start = max(start, before)
             end = start + seconds(step)
             free[lane] = ended[step.id] = end
             yield Event(step, start, end)

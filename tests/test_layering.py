@@ -25,8 +25,8 @@ ROWS = (
     {"checkpoints"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "bench", "apps", "integrations"},
-    {"demo", "plan_command"},
+    {"text", "bench", "apps", "integrations", "profiling"},
+    {"demo", "plan_command", "profile_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

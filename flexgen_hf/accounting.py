@@ -21,7 +21,7 @@ from .planning.budget import (
     ESTIMATED,
     Call,
     Demand,
-    ModelShape,
+    ModelSizes,
     Need,
     alternatives,
     difference,
@@ -302,7 +302,7 @@ def cache_geometry(config: Any) -> tuple[int, int] | None:
 
 def shape_of(
     config: Any, inner_size: int, dtype: torch.dtype, compression: Compression, casts_head: bool
-) -> ModelShape:
+) -> ModelSizes:
     """The sizes of a model that decide how much memory a call takes.
 
     Args:
@@ -317,7 +317,7 @@ def shape_of(
     heads = int(getattr(text, "num_attention_heads", None) or 1)
     cell = None if geometry is None else CellShape(1, geometry, geometry, dtype, compression)
     expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
-    return ModelShape(
+    return ModelSizes(
         num_layers=int(text.num_hidden_layers),
         hidden_size=int(text.hidden_size),
         # an expert multiplies by three matrices, as gated MLPs do

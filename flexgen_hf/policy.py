@@ -294,8 +294,9 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        """The inverse of `to_json`."""
-        return cls.from_dict(_parse_object(text, "policy", "Policy"))
+        """The inverse of `to_json`; of what `flexgen-hf plan --json` writes, the policy in it."""
+        value = _parse_object(text, "policy", "Policy")
+        return cls.from_dict(value["policy"] if {"policy", "predicted"} <= value.keys() else value)
 
     @classmethod
     def of(cls, value: Policy | Mapping[str, Any] | str | Path, **fields: Any) -> Policy:

@@ -28,7 +28,7 @@ from flexgen_hf.planning.budget import (
     Call,
     Demand,
     Limit,
-    ModelShape,
+    ModelSizes,
     Need,
     alternatives,
     difference,
@@ -228,7 +228,7 @@ def demand(**sizes: Any) -> Demand:
     def weights(placement: Placement) -> list[Need]:
         return [Need(tier, round(placement.share(tier) * 1_000_000), "weights") for tier in Tier]
 
-    return Demand(ModelShape(**{**fields, **sizes}), weights, direct=False)
+    return Demand(ModelSizes(**{**fields, **sizes}), weights, direct=False)
 
 
 def fit(nbytes: int, tier: Tier = Tier.DEVICE, rows: int = 32) -> Callable[[Policy], bool]:

@@ -26,8 +26,8 @@ ROWS = (
     {"checkpoints"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "quality", "bench", "apps", "integrations"},
-    {"demo"},
+    {"text", "quality", "bench", "apps", "integrations", "profiling"},
+    {"demo", "plan_command", "profile_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "SHAPES", "Shape", "config_of_shape", "is_shape", "random_checkpoint", "random_pieces", "write_random_checkpoint",
+    "SHAPES", "Shape", "config_of_shape", "is_shape", "random_checkpoint", "random_pieces", "shape_fields",
+    "write_random_checkpoint",
 ]  # fmt: skip
 
 
@@ -60,10 +61,8 @@ class Shape:
     special: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_opt: bool = True
 
-    def config(self) -> Any:
-        """The configuration, a class of transformers."""
-        from transformers import LlamaConfig, OPTConfig
-
+    def fields(self) -> dict[str, Any]:
+        """The fields of the configuration that differ from its class's own, or that decide its size."""
         fields: dict[str, Any] = {
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
@@ -72,8 +71,15 @@ class Shape:
         }
         if self.is_opt:
             fields |= {"ffn_dim": 4 * self.hidden, "word_embed_proj_dim": self.hidden, "vocab_size": 50272}
-            return OPTConfig(**{**fields, **self.special})
-        return LlamaConfig(**{**fields, "pad_token_id": 1, "tie_word_embeddings": True, **self.special})
+        else:
+            fields |= {"pad_token_id": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+        return {**fields, **self.special}
+
+    def config(self) -> Any:
+        """The configuration, a class of transformers."""
+        from transformers import LlamaConfig, OPTConfig
+
+        return OPTConfig(**self.fields()) if self.is_opt else LlamaConfig(**self.fields())
 
 
 def _like(layers: int, hidden: int, heads: int, head_dim: int, intermediate_size: int, vocab_size: int) -> Shape:
@@ -124,6 +130,15 @@ def config_of_shape(name: str) -> Any:
     Raises:
         PolicyError: no such shape, or no number of layers.
     """
+    return _named(name).config()
+
+
+def shape_fields(name: str) -> dict[str, Any]:
+    """The fields of the configuration of a shape, without transformers; arguments and errors of `config_of_shape`."""
+    return _named(name).fields()
+
+
+def _named(name: str) -> Shape:
     base, colon, layers = name.partition(":")
     if base not in SHAPES:
         raise PolicyError(f"no shape {name!r}; known are {', '.join(SHAPES)}")
@@ -132,7 +147,7 @@ def config_of_shape(name: str) -> Any:
         if not (layers.isdecimal() and int(layers)):
             raise PolicyError(f"shape {name!r}: {layers!r} is no number of layers; write for example '{base}:6'")
         shape = dataclasses.replace(shape, layers=int(layers))
-    return shape.config()
+    return shape
 
 
 def random_checkpoint(work_folder: str | Path, name: str, dtype: torch.dtype) -> Path:

@@ -25,7 +25,7 @@ __all__ = [
     "Call",
     "Demand",
     "Limit",
-    "ModelShape",
+    "ModelSizes",
     "Need",
     "alternatives",
     "difference",
@@ -76,7 +76,7 @@ class Limit:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelShape:
+class ModelSizes:
     """The sizes of a model that decide how much memory a call takes.
 
     Args:
@@ -178,7 +178,7 @@ class Demand:
         pinned: the links of the device need pinned memory.
     """
 
-    shape: ModelShape
+    shape: ModelSizes
     weights: Callable[[Placement], Sequence[Need]]
     direct: bool = True
     pinned: bool = False

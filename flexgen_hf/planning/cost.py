@@ -1,0 +1,425 @@
+"""What a policy costs: the seconds of a step, the seconds of a lane in closed form, the peak bytes of a tier.
+
+A `PlannedRun` is a model that need not exist, on a machine that need not be there, under one policy. Whoever simulates
+it asks for the seconds of each step; the closed form adds them up without making the steps. Method: the cost model of
+FlexGen (arXiv 2303.06865, section 4.3) with what it leaves out: transfers that share a link add up, each step has an
+overhead, and a product is no faster than its matrix is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from ..errors import PolicyError
+from ..policy import Policy, Tier
+from .budget import Call, Demand, Limit, rings_of
+from .hardware import Hardware
+from .layout import PlannedTensor, WeightLayout, tensors_of
+from .placement import assign
+from .schedule import Lane, Route, Step, Traffic, What
+from .shape import LayerShape, ModelShape
+
+__all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "limits_of", "predict"]
+
+#: seconds of each lane
+Lanes = dict[Lane, float]
+
+# What embeds a micro-batch's tokens goes through their states a few times.
+_EMBEDDING_PASSES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is to be generated.
+
+    Args:
+        prompt_len: tokens of each prompt.
+        gen_len: tokens written after each.
+        num_prompts: how many prompts there are; None for as many as a block takes.
+
+    Raises:
+        PolicyError: a number below 1.
+    """
+
+    prompt_len: int
+    gen_len: int
+    num_prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("prompt_len", "gen_len", "num_prompts"):
+            value = getattr(self, field)
+            if field == "num_prompts" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PolicyError(f"workload: {field}={value!r} must be a whole number of at least 1")
+
+
+class Sweep(NamedTuple):
+    """One pass over all stages.
+
+    Args:
+        tokens: new ones of each row.
+        past: tokens of each row in the cache before it.
+    """
+
+    tokens: int
+    past: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a run of one block will take.
+
+    Args:
+        prefill_s: the sweep over prompts.
+        decode_s: the sweeps over one new token per row.
+        rows: sequences of the block.
+        gen_len: tokens written after each prompt.
+        peak_bytes: the most that each tier holds.
+        prefill_lanes: seconds at work of each lane in the sweep over prompts.
+        decode_lanes: the same in all other sweeps.
+    """
+
+    prefill_s: float
+    decode_s: float
+    rows: int
+    gen_len: int
+    peak_bytes: Mapping[Tier, int]
+    prefill_lanes: Lanes
+    decode_lanes: Lanes
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole block."""
+        return self.prefill_s + self.decode_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of prefill and decode."""
+        return self.rows * self.gen_len / self.seconds
+
+    @property
+    def prefill_bottleneck(self) -> Lane:
+        """The lane that is busiest while prompts are computed."""
+        return max(self.prefill_lanes, key=lambda lane: self.prefill_lanes[lane])
+
+    @property
+    def bottleneck(self) -> Lane:
+        """The lane that is busiest in all."""
+        return max(Lane, key=lambda lane: self.prefill_lanes[lane] + self.decode_lanes[lane])
+
+
+class PlannedRun:
+    """A model under a policy on a machine.
+
+    Args:
+        shape: the model.
+        hardware: the machine.
+        policy: placements and block.
+        workload: what is to be generated.
+        tensors: its weights, where more is known of them than the shape says.
+        pieces: see `WeightLayout`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        policy: Policy,
+        workload: Workload,
+        *,
+        tensors: Sequence[PlannedTensor] | None = None,
+        pieces: int | None = 8,
+    ) -> None:
+        self.shape, self.hardware, self.policy, self.workload = shape, hardware, policy, workload
+        self.tensors = tensors_of(shape, policy.compression) if tensors is None else tensors
+        self.direct = hardware.direct
+        self.rings = rings_of(policy)
+        self.call = call_of(policy, workload)
+        self.batches = self.call.batches(policy)
+        self.casts = shape.sizes(policy.compression, direct=self.direct).kept_key_bytes is not None
+        self._max_pieces = pieces
+
+    @functools.cached_property
+    def cells(self) -> dict[tuple[int, int], Tier]:
+        """The home of each cell, by layer (from 0) and micro-batch."""
+        cells = [(layer, batch) for layer in range(len(self.shape.layers)) for batch in range(len(self.batches))]
+        return assign([(cell, 1) for cell in cells], self.policy.cache)
+
+    @functools.cached_property
+    def hidden(self) -> list[Tier]:
+        """The home of each micro-batch's hidden states."""
+        homes = assign([(batch, 1) for batch in range(len(self.batches))], self.policy.hidden)
+        return [homes[batch] for batch in range(len(self.batches))]
+
+    @functools.cached_property
+    def layout(self) -> WeightLayout:
+        """Where its weights are."""
+        return WeightLayout(
+            self.tensors,
+            self.policy,
+            num_stages=len(self.shape.layers) + 2,
+            direct=self.direct,
+            pieces=self._max_pieces,
+        )
+
+    # ---------------------------------------------------------------------------------------------------- what moves
+    def stays(self, home: Tier) -> bool:
+        """Whether a cell with this home is attended on the host."""
+        return self.policy.host_attention and not self.direct and home is Tier.HOST
+
+    def cell_route(self, home: Tier) -> Route:
+        """The links that a cell with this home crosses."""
+        moved = self.casts or (not self.direct and home is not Tier.DEVICE)
+        return Route(home is Tier.DISK, moved and not self.stays(home), moved, home is Tier.DISK)
+
+    def hidden_route(self, home: Tier) -> Route:
+        """The links that hidden states with this home cross between two layers."""
+        moved = not self.direct and home is not Tier.DEVICE
+        return Route(home is Tier.DISK, moved, moved, home is Tier.DISK)
+
+    def traffic(self, *, fresh: bool, table_is_there: bool = False) -> Traffic:
+        """What moves in a sweep.
+
+        Args:
+            fresh: the cache is empty.
+            table_is_there: the table that embedding and head share is in its slot.
+        """
+        routes = self.layout.routes
+        batches = range(len(self.batches))
+        nothing = tuple(Route() for _ in batches)
+        return Traffic(
+            weights=((), *routes[1:]) if table_is_there else routes,
+            cache=(
+                nothing,
+                *(
+                    tuple(self.cell_route(self.cells[layer, k]) for k in batches)
+                    for layer in range(len(self.shape.layers))
+                ),
+                nothing,
+            ),
+            hidden=tuple(self.hidden_route(home) for home in self.hidden),
+            fresh_cache=fresh,
+            tied=self.shape.tied,
+        )
+
+    # -------------------------------------------------------------------------------------------- seconds of one step
+    def seconds(self, step: Step, sweep: Sweep) -> float:
+        """What a step takes."""
+        _, lane, what, stage, batch, piece = step.id
+        if what is What.STAGE:
+            return self._computed(stage, batch, sweep)
+        if what is What.WEIGHTS:
+            return self._weights_s(lane, stage, piece)
+        if what is What.CACHE:
+            return self.cell_s(
+                lane, self.shape.layers[stage - 1], self.batches[batch], self.cells[stage - 1, batch], sweep
+            )
+        return self.hidden_s(lane, self.batches[batch], sweep)
+
+    def _weights_s(self, lane: Lane, stage: int, piece: int) -> float:
+        moved = self.layout.stages[stage][piece]
+        if lane is Lane.DISK_TO_HOST:
+            return self._moved_s(lane, moved.read)
+        crossed = self._moved_s(lane, moved.pushed)
+        return crossed + moved.cast / self.hardware.upcast_bytes_per_s + self._unpacked_s(moved.unpacked)
+
+    def cell_s(self, lane: Lane, layer: LayerShape, rows: int, home: Tier, sweep: Sweep) -> float:
+        """A cell's transfer in a lane: what attention sees to the device, new tokens back."""
+        is_load = lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)
+        tokens = rows * (layer.attended(sweep.past) if is_load else sweep.tokens)
+        crosses = not self.direct and home is not Tier.DEVICE
+        if lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK) or crosses:
+            seconds = self._moved_s(lane, tokens * self.shape.kept_bytes(self.policy.compression))
+        else:
+            seconds = self.hardware.transfer_s
+        if not self.casts or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
+            return seconds
+        return seconds + self._repacked_s(self.shape.cache_elements(tokens), is_load=is_load)
+
+    def hidden_s(self, lane: Lane, rows: int, sweep: Sweep) -> float:
+        """Hidden states of a micro-batch across one link."""
+        return self._moved_s(lane, rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize)
+
+    def _moved_s(self, lane: Lane, nbytes: float) -> float:
+        return self.hardware.transfer_s + nbytes / self.hardware.link(lane).at(max(1.0, nbytes))
+
+    def _unpacked_s(self, elements: float) -> float:
+        return elements / self.hardware.unpack_elements_per_s
+
+    def _repacked_s(self, elements: float, *, is_load: bool) -> float:
+        """Keys and values to or from the form in which they are kept."""
+        if self.policy.compression.cache == 16:
+            return 2 * elements / self.hardware.upcast_bytes_per_s
+        if is_load:
+            return self._unpacked_s(elements)
+        return elements / self.hardware.pack_elements_per_s
+
+    def _computed(self, stage: int, batch: int, sweep: Sweep) -> float:
+        if stage == 0:
+            return self.embedding_s(self.batches[batch], sweep)
+        if stage == len(self.shape.layers) + 1:
+            return self.head_s()
+        return self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
+
+    def embedding_s(self, rows: int, sweep: Sweep) -> float:
+        """The embedding of a micro-batch."""
+        size = rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize
+        return self.hardware.compute_s / 4 + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
+
+    def head_s(self) -> float:
+        """The head for the last token of all rows."""
+        table, rows = self.shape.head.elements, sum(self.batches)
+        late = self.layout.late[0 if self.shape.tied else -1]
+        return self._product_s(table, table, rows) + late / self.hardware.upcast_bytes_per_s
+
+    def layer_s(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> float:
+        """A decoder layer for a micro-batch whose cell has this home."""
+        layer, tokens = self.shape.layers[stage - 1], rows * sweep.tokens
+        products = self._product_s(layer.used_elements, layer.touched_elements(tokens), tokens)
+        late = self.layout.late[stage] / self.hardware.upcast_bytes_per_s
+        work = products + late + self.attention_s(layer, rows, home, sweep)
+        # what a CPU's thread does beside its products takes time of its own; a device is told ahead what to do next
+        return work + self.hardware.compute_s if self.direct else max(work, self.hardware.compute_s)
+
+    def _product_s(self, used: float, touched: float, rows: int) -> float:
+        """Products of so many rows with matrices: no faster than these are read."""
+        computed = 2.0 * used * rows / self.hardware.matmul(self.shape.dtype, rows)
+        return max(computed, touched * self.shape.itemsize / self.hardware.memory_bytes_per_s)
+
+    def attention_s(self, layer: LayerShape, rows: int, home: Tier, sweep: Sweep) -> float:
+        """Attention of a micro-batch, on the host if its cell stays there."""
+        flops = rows * self.shape.attention_flops(layer, sweep.tokens, sweep.past)
+        computed = flops / self.hardware.attention_flops
+        if not sweep.past:
+            return computed
+        seen = rows * self.shape.cache_elements(layer.attended(sweep.past + sweep.tokens))
+        if not self.stays(home):
+            return max(computed, seen * self.shape.itemsize / self.hardware.attention_bytes_per_s)
+        crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
+        there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
+        unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0
+        return there + back + unpacked + seen * self.shape.itemsize / self._host_attention
+
+    @property
+    def _host_attention(self) -> float:
+        speed = self.hardware.host_attention_bytes_per_s
+        if not speed:
+            raise PolicyError(f"host_attention: its speed on {self.hardware.name} is not known; leave it off")
+        return speed
+
+    # ------------------------------------------------------------------------------------------------- in closed form
+    def lanes(self, sweep: Sweep) -> Lanes:
+        """Seconds at work of each lane in one sweep."""
+        lanes = self.weight_lanes(is_first=not sweep.past)
+        for (stage, rows, home), count in self._kinds_of_cells.items():
+            for lane, seconds in self.cell_lanes(stage, rows, home, sweep).items():
+                lanes[lane] += count * seconds
+        for rows, home in zip(self.batches, self.hidden, strict=True):
+            lanes[Lane.COMPUTE] += self.embedding_s(rows, sweep)
+            for lane, seconds in self.hidden_lanes(rows, home, sweep).items():
+                lanes[lane] += seconds
+        lanes[Lane.COMPUTE] += self.head_s()
+        return lanes
+
+    def weight_lanes(self, *, is_first: bool) -> Lanes:
+        """Seconds of each lane for all weights; a table that embedding and head share only in the first sweep."""
+        lanes = dict.fromkeys(Lane, 0.0)
+        skipped = 1 if self.shape.tied and not is_first else 0
+        for stage, pieces in list(enumerate(self.layout.stages))[skipped:]:
+            for piece, count in collections.Counter(pieces).items():
+                number = pieces.index(piece)
+                if piece.read:
+                    lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, stage, number)
+                if piece.pushes:
+                    lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, stage, number)
+        return lanes
+
+    def cell_lanes(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> Lanes:
+        """Seconds of each lane for one layer of a micro-batch and its cell."""
+        lanes = {Lane.COMPUTE: self.layer_s(stage, rows, home, sweep)}
+        for lane in _crossed(self.cell_route(home), is_fresh=not sweep.past):
+            lanes[lane] = self.cell_s(lane, self.shape.layers[stage - 1], rows, home, sweep)
+        return lanes
+
+    def hidden_lanes(self, rows: int, home: Tier, sweep: Sweep) -> Lanes:
+        """Seconds of each lane for the hidden states of a micro-batch, between all layers."""
+        between = len(self.shape.layers) - 1
+        return {lane: between * self.hidden_s(lane, rows, sweep) for lane in _crossed(self.hidden_route(home))}
+
+    @functools.cached_property
+    def _kinds_of_cells(self) -> dict[tuple[int, int, Tier], int]:
+        """How many cells there are of each kind; layers that are alike stand for each other."""
+        numbers = self.kinds_of_layers
+        return collections.Counter(
+            (numbers[layer], self.batches[batch], home) for (layer, batch), home in self.cells.items()
+        )
+
+    @functools.cached_property
+    def kinds_of_layers(self) -> list[int]:
+        """For each layer the stage of the first one that is like it."""
+        first: dict[tuple[LayerShape, int], int] = {}
+        return [
+            first.setdefault((layer, self.layout.late[stage]), stage)
+            for stage, layer in enumerate(self.shape.layers, start=1)
+        ]
+
+    def sweeps(self) -> tuple[Sweep, Sweep | None]:
+        """The sweep over prompts, and one that stands for all others."""
+        steps = self.workload.gen_len - 1
+        middle = Sweep(1, self.workload.prompt_len + (steps - 1) // 2) if steps else None
+        return Sweep(self.workload.prompt_len, 0), middle
+
+    # ------------------------------------------------------------------------------------------------------ peak bytes
+    @functools.cached_property
+    def demand(self) -> Demand:
+        """What the model takes; of weights, what this policy takes."""
+        sizes = self.shape.sizes(self.policy.compression, direct=self.direct)
+        return Demand(sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=not self.direct)
+
+    @functools.cached_property
+    def peak_bytes(self) -> dict[Tier, int]:
+        """The most that each tier holds."""
+        return self.demand.peak(self.policy, self.call)
+
+
+def call_of(policy: Policy, workload: Workload) -> Call:
+    """One block of a workload."""
+    rows = policy.block_size if workload.num_prompts is None else min(policy.block_size, workload.num_prompts)
+    return Call(rows, workload.prompt_len, workload.prompt_len + workload.gen_len - 1)
+
+
+def limits_of(hardware: Hardware) -> list[Limit]:
+    """What the machine holds."""
+    return [Limit(tiers, size, hardware.name) for tiers, size in hardware.capacities.items()]
+
+
+def predict(run: PlannedRun) -> Prediction:
+    """In closed form: in each sweep the busiest lane hides all others, or without overlap they add up."""
+    prefill, decode = run.sweeps()
+    steps = run.workload.gen_len - 1
+    of_prefill = run.lanes(prefill)
+    of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
+    combine: Callable[[Lanes], float] = (
+        (lambda lanes: max(lanes.values())) if run.policy.overlap else (lambda lanes: sum(lanes.values()))
+    )
+    between = run.hardware.sweep_s
+    return Prediction(
+        prefill_s=combine(of_prefill) + between,
+        decode_s=combine(of_decode) + steps * between,
+        rows=sum(run.batches),
+        gen_len=run.workload.gen_len,
+        peak_bytes=run.peak_bytes,
+        prefill_lanes=of_prefill,
+        decode_lanes=of_decode,
+    )
+
+
+def _crossed(route: Route, *, is_fresh: bool = False) -> list[Lane]:
+    lanes = (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE, Lane.DEVICE_TO_HOST, Lane.HOST_TO_DISK)
+    loads = lanes[:2]
+    return [lane for lane, crosses in zip(lanes, route, strict=True) if crosses and not (is_fresh and lane in loads)]

@@ -1,0 +1,531 @@
+"""Finds the policy for a model, a machine and a workload, and says why.
+
+For each shape of a block, a linear program (HiGHS) finds the shares of weights, cache and hidden states: the seconds of
+each lane and the bytes of each tier are linear in them. Shapes of blocks are tried from coarse to fine, the best
+policies are simulated, and the fastest of those wins. Method: FlexGen, arXiv 2303.06865, section 4.3.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import CapacityError, PolicyError
+from ..policy import Compression, Placement, Policy, Tier
+from .budget import fits, totals
+from .cost import Lanes, PlannedRun, Prediction, Sweep, Workload, limits_of, predict
+from .hardware import Hardware
+from .layout import PlannedTensor, WeightLayout
+from .linear import Program
+from .schedule import Lane
+from .shape import ModelShape
+from .simulate import simulate
+
+__all__ = ["OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan"]
+
+OBJECTIVES = ("throughput", "latency", "block")
+
+_SIZES = (1, 4, 16, 64, 256)
+_NUMBERS = (1, 4, 16)
+_LARGEST_BLOCK = 8192
+
+# Sizes beside the best ones that are tried next, and then beside the best of these.
+_FINER = ((0.5, 1.0, 2.0), (0.75, 1.0, 1.25, 1.5))
+_REFINED = 3
+
+# How many policies of the closed form are simulated at most, and of those that are alike.
+_SIMULATED = 6
+_ALIKE = 2
+_ALTERNATIVES = 3
+
+# Fewer pieces than a run has make simulations shorter; a layer of several still begins to arrive early.
+_PIECES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Freedom:
+    """What a search may choose.
+
+    Args:
+        compressions: to choose from.
+        host_attention: whether attention on the host may be chosen.
+        batch_size: rows of a micro-batch, if they are given.
+        num_batches: micro-batches, if they are given.
+        objective: `"throughput"`, `"latency"` (the shortest time for the workload's prompts, or for one), or `"block"`
+            (the largest block that ends within `deadline_s`).
+        deadline_s: for `"block"`.
+
+    Raises:
+        PolicyError: an objective that does not exist, or a deadline missing.
+    """
+
+    compressions: tuple[Compression, ...] = (Compression(),)
+    host_attention: bool = True
+    batch_size: int | None = None
+    num_batches: int | None = None
+    objective: str = "throughput"
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise PolicyError(f"objective: {self.objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+        if (self.objective == "block") != (self.deadline_s is not None):
+            raise PolicyError("objective: 'block' and a deadline belong together; give both or neither")
+
+    def worth(self, prediction: Prediction) -> float:
+        """What a search makes as large as possible."""
+        if self.objective == "throughput":
+            return prediction.tokens_per_s
+        if self.objective == "latency":
+            return -prediction.seconds
+        assert self.deadline_s is not None
+        if prediction.seconds > self.deadline_s:
+            return -prediction.seconds
+        return prediction.rows + prediction.tokens_per_s / 1e9  # of blocks of one size, the fastest
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Another policy, and what it would bring."""
+
+    policy: Policy
+    predicted: Prediction
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A policy with what is predicted of it, and why it was chosen.
+
+    Args:
+        policy: the choice.
+        predicted: by simulation; of alternatives that were not simulated, in closed form.
+        why: sentences for people.
+        alternatives: the next best ones that differ in more than numbers.
+        warnings: what speaks against offloading at all.
+    """
+
+    policy: Policy
+    predicted: Prediction
+    why: tuple[str, ...]
+    alternatives: tuple[Alternative, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `Policy.from_dict(d["policy"])` is the policy."""
+        return {
+            "policy": self.policy.to_dict(),
+            "predicted": prediction_to_dict(self.predicted),
+            "why": list(self.why),
+            "alternatives": [
+                {"label": other.label, "policy": other.policy.to_dict(), **prediction_to_dict(other.predicted)}
+                for other in self.alternatives
+            ],
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        made = self.predicted
+        return f"{self.policy}: {made.tokens_per_s:.2f} token/s predicted, limited by {made.bottleneck}"
+
+
+def prediction_to_dict(made: Prediction) -> dict[str, Any]:
+    """A prediction in plain JSON values."""
+    return {
+        "prefill_s": made.prefill_s,
+        "decode_s": made.decode_s,
+        "tokens_per_s": made.tokens_per_s,
+        "rows": made.rows,
+        "peak_bytes": {str(tier): size for tier, size in made.peak_bytes.items()},
+        "bottleneck": str(made.bottleneck),
+        "lanes": {str(lane): made.prefill_lanes[lane] + made.decode_lanes[lane] for lane in Lane},
+    }
+
+
+def plan(
+    shape: ModelShape,
+    hardware: Hardware,
+    workload: Workload,
+    freedom: Freedom = Freedom(),
+) -> Plan:
+    """The best policy for a model on a machine.
+
+    Args:
+        shape: the model.
+        hardware: the machine.
+        workload: what is to be generated.
+        freedom: what may be chosen.
+
+    Raises:
+        CapacityError: nothing fits; with what is missing, and how much.
+        PolicyError: the workload is longer than the model's positions reach.
+    """
+    return Planner(shape, hardware, workload, freedom).plan()
+
+
+class Planner:
+    """A search for one model, machine and workload; arguments are those of `plan`.
+
+    Args:
+        tensors: the model's weights under a compression, where more is known of them than the shape says.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        workload: Workload,
+        freedom: Freedom = Freedom(),
+        *,
+        tensors: Callable[[Compression], Sequence[PlannedTensor]] | None = None,
+    ) -> None:
+        self.shape, self.hardware, self.workload, self.freedom = shape, hardware, workload, freedom
+        self.limits = limits_of(hardware)
+        self._tensors = tensors
+        self._corners: dict[tuple[Compression, bool, int, Tier], _Corner] = {}
+        self._known: dict[Policy, Prediction] = {}  # by simulation
+        self._worth: dict[tuple[Any, ...], float] = {}  # of the best policy of its kind
+        self._layouts: dict[tuple[Placement, Compression, bool], WeightLayout] = {}
+        if shape.max_tokens is not None and workload.prompt_len + workload.gen_len > shape.max_tokens:
+            raise PolicyError(
+                f"workload: {workload.prompt_len} + {workload.gen_len} tokens are more than the {shape.max_tokens} "
+                f"that {shape.name or 'the model'} has positions for; make prompts or answers shorter"
+            )
+
+    def run(self, policy: Policy) -> PlannedRun:
+        """A policy in its place."""
+        tensors = None if self._tensors is None else self._tensors(policy.compression)
+        run = PlannedRun(self.shape, self.hardware, policy, self.workload, tensors=tensors, pieces=_PIECES)
+        key = (policy.weights, policy.compression, policy.num_batches == 1)
+        if key not in self._layouts:
+            self._layouts[key] = run.layout
+        run.layout = self._layouts[key]
+        return run
+
+    def fits(self, run: PlannedRun) -> bool:
+        """Whether no tier is too small."""
+        return fits(run.peak_bytes, self.limits)
+
+    def plan(self) -> Plan:
+        """Searches, simulates the best, and explains."""
+        found = self._search()
+        if not found:
+            raise CapacityError(self._missing())
+        policy, predicted = self._simulated(found)
+        if self.freedom.objective == "block" and predicted.seconds > (self.freedom.deadline_s or 0):
+            raise CapacityError(
+                f"no block ends within {self.freedom.deadline_s:g} s: a single one of {predicted.rows} rows takes "
+                f"{predicted.seconds:.1f} s; give more time, or shorter prompts or answers"
+            )
+        others = self._alternatives(policy, found)
+        return Plan(
+            policy, predicted, tuple(self._why(policy, predicted, others)), others, tuple(self._warnings(policy))
+        )
+
+    def explain(self, policy: Policy) -> Plan:
+        """What is predicted of a given policy.
+
+        Raises:
+            CapacityError: it does not fit; with what is missing, and how much.
+        """
+        run = self.run(policy)
+        if not self.fits(run):
+            raise CapacityError(f"the policy {policy} does not fit: {'; '.join(self._short_of(run))}")
+        predicted = simulate(run)
+        return Plan(policy, predicted, tuple(self._why(policy, predicted, ())), (), tuple(self._warnings(policy)))
+
+    # -------------------------------------------------------------------------------------------------------- search
+    def _search(self) -> list[tuple[Policy, Prediction]]:
+        found: dict[Policy, Prediction] = {}
+        frames = [
+            Policy(host_attention=attention, compression=compression)
+            for compression in self.freedom.compressions
+            for attention in ((False, True) if self._may_attend_on_host else (False,))
+        ]
+        for frame in frames:
+            for size, number in self._blocks(_SIZES, _NUMBERS):
+                self._try(frame.replace(batch_size=size, num_batches=number), found)
+        for factors in _FINER:
+            for policy in self._leaders(found):
+                sizes = {max(1, round(policy.batch_size * factor)) for factor in factors}
+                numbers = {max(1, round(policy.num_batches * factor)) for factor in factors}
+                for size, number in self._blocks(sorted(sizes), sorted(numbers)):
+                    self._try(policy.replace(batch_size=size, num_batches=number), found)
+        return self._best_first(found)
+
+    def _leaders(self, found: Mapping[Policy, Prediction]) -> list[Policy]:
+        """The best policies that differ in more than numbers."""
+        leaders: dict[Any, Policy] = {}
+        for policy, _ in self._best_first(found):
+            leaders.setdefault(_character(policy), policy)
+        return list(leaders.values())[:_REFINED]
+
+    def _best_first(self, found: Mapping[Policy, Prediction]) -> list[tuple[Policy, Prediction]]:
+        return sorted(found.items(), key=lambda item: -self.freedom.worth(item[1]))
+
+    def _simulated(self, found: Sequence[tuple[Policy, Prediction]]) -> tuple[Policy, Prediction]:
+        """The best policy by simulation. The closed form is a bound, so what it says is worse need not be simulated."""
+        best: tuple[Policy, Prediction] | None = None
+        alike = collections.Counter[Any]()
+        for policy, bound in found:
+            if best is not None and self.freedom.worth(bound) <= self.freedom.worth(best[1]):
+                break
+            if alike[_character(policy)] == _ALIKE or alike.total() == _SIMULATED:
+                continue
+            alike[_character(policy)] += 1
+            made = self._known[policy] = simulate(self.run(policy))
+            if best is None or self.freedom.worth(made) > self.freedom.worth(best[1]):
+                best = policy, made
+        assert best is not None
+        return best
+
+    @property
+    def _may_attend_on_host(self) -> bool:
+        return self.freedom.host_attention and not self.hardware.direct and self.hardware.host_attention_bytes_per_s > 0
+
+    def _blocks(self, sizes: Iterable[int], numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Shapes of blocks, no larger than the work."""
+        free = self.freedom
+        sizes = [free.batch_size] if free.batch_size is not None else sizes
+        numbers = [free.num_batches] if free.num_batches is not None else list(numbers)
+        rows = self.workload.num_prompts
+        if free.objective == "latency":
+            rows = rows or 1
+        most = _LARGEST_BLOCK if rows is None else rows
+        made = set()
+        for size, number in itertools.product(sizes, numbers):
+            if free.batch_size is None:
+                size = min(size, most)  # noqa: PLW2901  the last one is what there is
+            needed = -(-most // size)
+            pair = (size, min(number, needed) if free.num_batches is None else number)
+            if pair not in made:
+                made.add(pair)
+                yield pair
+
+    def _try(self, frame: Policy, found: dict[Policy, Prediction]) -> None:
+        """Adds the best policy with this block, unless it cannot be better than what is known."""
+        program = self._program(frame)
+        for mode in _MODES:
+            solution = program.solve(*mode)
+            if solution is None:
+                continue
+            # Compared with its like only: where data comes from several tiers, the closed form promises the most.
+            like = (frame.compression, frame.host_attention, mode)
+            bound = self.freedom.worth(
+                Prediction(0.0, solution.seconds, program.rows, self.workload.gen_len, {}, {}, {})
+            )
+            if bound < self._worth.get(like, float("-inf")):
+                continue
+            run = self._rounded(frame, solution.shares)
+            if run is None or run.policy in found or (frame.host_attention and not run.policy.cache.host):
+                continue
+            found[run.policy] = predict(run)
+            self._worth[like] = max(self.freedom.worth(found[run.policy]), self._worth.get(like, float("-inf")))
+
+    def _rounded(self, frame: Policy, shares: Mapping[str, Placement]) -> PlannedRun | None:
+        """The policy in whole percents that fits, with as much as need be taken to lower tiers."""
+        for step in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
+            policy = frame.replace(**{kind: _floored(placement, step) for kind, placement in shares.items()})
+            run = self.run(policy)
+            if self.fits(run):
+                return run
+        return None
+
+    # ---------------------------------------------------------------------------------------------- the linear program
+    def _program(self, frame: Policy) -> Program:
+        """Seconds and bytes as linear functions of the shares."""
+        run = self.run(frame.replace(weights=_DISK, cache=_DISK, hidden=_DISK))
+        prefill, decode = run.sweeps()
+        phases = [(prefill, 1)] + ([(decode, self.workload.gen_len - 1)] if decode is not None else [])
+        return Program(
+            phases=[(self._linear_lanes(run, sweep), count) for sweep, count in phases],
+            bytes_of=functools.partial(self._linear_bytes, run),
+            limits=self.limits,
+            rows=sum(run.batches),
+            overhead_s=self.hardware.sweep_s * self.workload.gen_len,
+        )
+
+    def _linear_lanes(self, run: PlannedRun, sweep: Sweep) -> dict[tuple[str, Tier], Lanes]:
+        """Seconds of each lane for all of one kind on one tier."""
+        made: dict[tuple[str, Tier], Lanes] = {}
+        rows = collections.Counter(run.batches)
+        layers = collections.Counter(run.kinds_of_layers)
+        fixed = run.head_s() + sum(count * run.embedding_s(size, sweep) for size, count in rows.items())
+        for tier in Tier:
+            cells, hidden = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
+            cells[Lane.COMPUTE] = fixed
+            for size, count in rows.items():
+                for stage, like in layers.items():
+                    for lane, seconds in run.cell_lanes(stage, size, tier, sweep).items():
+                        cells[lane] += count * like * seconds
+                for lane, seconds in run.hidden_lanes(size, tier, sweep).items():
+                    hidden[lane] += count * seconds
+            made["cache", tier], made["hidden", tier] = cells, hidden
+            made["weights", tier] = self._corner(run.policy, tier).lanes[bool(sweep.past)]
+        return made
+
+    def _linear_bytes(
+        self, run: PlannedRun, cache: Tier | None, hidden: Tier | None
+    ) -> dict[tuple[str, Tier], dict[Tier, int]]:
+        """Bytes of each tier for all of one kind on one tier, and under `("fixed", ...)` those of buffers.
+
+        Args:
+            run: the block.
+            cache: the tier that all cells are on; None if they may be anywhere.
+            hidden: the same of hidden states.
+        """
+        made: dict[tuple[str, Tier], dict[Tier, int]] = {}
+        layers, call = len(self.shape.layers), run.call
+        # what cells take goes with the layers, and everything else does not depend on how many there are
+        demand = dataclasses.replace(run.demand, shape=dataclasses.replace(run.demand.shape, num_layers=1))
+        worst = run.policy.replace(
+            cache=Placement.all_on(cache or Tier.DISK), hidden=Placement.all_on(hidden or Tier.DISK)
+        )
+        needs = demand.needs(worst, call)
+        made["fixed", Tier.DEVICE] = totals([need for need in needs if need.what not in _HOMES])
+        far = totals([need for need in needs if need.what == "working set"])
+        for tier in Tier:
+            there = Placement.all_on(tier)
+            needs = demand.needs(worst.replace(cache=there, hidden=there), call)
+            cells = totals([need for need in needs if need.what in _HOMES[:2]])
+            states = totals([need for need in needs if need.what == _HOMES[2]])
+            near = totals([need for need in needs if need.what == "working set"])
+            made["weights", tier] = self._corner(run.policy, tier).held
+            made["cache", tier] = {t: layers * size for t, size in cells.items()}
+            made["hidden", tier] = {t: states[t] + max(0, near[t] - far[t]) for t in Tier}
+        return made
+
+    def _corner(self, policy: Policy, tier: Tier) -> _Corner:
+        """All weights on one tier."""
+        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, tier)
+        if key not in self._corners:
+            run = self.run(policy.replace(weights=Placement.all_on(tier)))
+            lanes = (run.weight_lanes(is_first=True), run.weight_lanes(is_first=False))
+            self._corners[key] = _Corner(lanes, totals(run.layout.needs(run.rings)))
+        return self._corners[key]
+
+    # ------------------------------------------------------------------------------------------------------ explaining
+    def _missing(self) -> str:
+        """What is missing for the smallest block."""
+        best: list[str] | None = None
+        for compression, tier in itertools.product(self.freedom.compressions, (Tier.DISK, Tier.HOST)):
+            smallest = Policy(
+                weights=Placement.all_on(tier),
+                cache=Placement.all_on(tier),
+                hidden=Placement.all_on(tier),
+                batch_size=self.freedom.batch_size or 1,
+                num_batches=self.freedom.num_batches or 1,
+                compression=compression,
+                layer_slots=1,
+            )
+            short = self._short_of(self.run(smallest))
+            best = short if best is None or len(short) < len(best) else best
+        return (
+            f"{self.shape.name or 'the model'} does not fit {self.hardware.name} under any policy: "
+            f"{'; '.join(best or ['no block of the given shape fits'])}; give more memory, another compression, or "
+            "shorter prompts"
+        )
+
+    def _short_of(self, run: PlannedRun) -> list[str]:
+        short = []
+        for limit in self.limits:
+            needed = sum(run.peak_bytes[tier] for tier in limit.tiers)
+            if needed > limit.nbytes:
+                tiers = " and ".join(limit.tiers)
+                missing = _gib(needed - limit.nbytes)
+                short.append(f"{tiers} needs {_gib(needed)} but has {_gib(limit.nbytes)}, {missing} too few")
+        return short
+
+    def _alternatives(self, policy: Policy, found: Sequence[tuple[Policy, Prediction]]) -> tuple[Alternative, ...]:
+        """The best of each other choice of compression, attention and weights' home."""
+        seen, made = {_character(policy)}, list[Alternative]()
+        for other, predicted in found:
+            if _character(other) not in seen and len(made) < _ALTERNATIVES:
+                seen.add(_character(other))
+                made.append(Alternative(other, self._known.get(other, predicted), _label(policy, other)))
+        return tuple(made)
+
+    def _why(self, policy: Policy, predicted: Prediction, others: Sequence[Alternative]) -> Iterator[str]:
+        phases: list[tuple[str, Lanes, float]] = [
+            ("prefill", predicted.prefill_lanes, predicted.prefill_s),
+            ("decode", predicted.decode_lanes, predicted.decode_s),
+        ]
+        for name, lanes, seconds in phases:
+            if seconds:
+                lane = max(lanes, key=lanes.__getitem__)
+                yield f"in {name}, {lane} is the limit: busy {min(1.0, lanes[lane] / seconds):.0%} of {seconds:.1f} s"
+        for limit in self.limits:
+            held = sum(predicted.peak_bytes[tier] for tier in limit.tiers)
+            tiers = " and ".join(limit.tiers)
+            yield f"{tiers} holds {_gib(held)} of {_gib(limit.nbytes)}"
+        larger = policy.replace(num_batches=policy.num_batches + 1)
+        rows = self.workload.num_prompts
+        if rows is not None and policy.block_size >= rows:
+            yield f"the block takes all {rows} prompts"
+        elif short := self._short_of(self.run(larger)):
+            yield f"with one micro-batch more at these shares, {short[0]}"
+        for other in others:
+            yield f"{other.label} would write {other.predicted.tokens_per_s:.2f} token/s"
+
+    def _warnings(self, policy: Policy) -> Iterator[str]:
+        resident = policy.replace(
+            weights=Placement(device=1.0),
+            cache=Placement(device=1.0),
+            hidden=Placement(device=1.0),
+            host_attention=False,
+        )
+        if self.fits(self.run(resident)):
+            yield "everything fits on the device without offloading; plain transformers is simpler and no slower"
+
+
+_MODES: tuple[tuple[Tier | None, Tier | None], ...] = (
+    (None, None),
+    (Tier.DEVICE, Tier.DEVICE),
+    (Tier.HOST, Tier.HOST),
+)
+_DISK = Placement(disk=1.0)
+_HOMES = ("KV cache", "the KV cache", "hidden states")
+
+
+class _Corner(NamedTuple):
+    """All weights on one tier: seconds of each lane in the first sweep and in others, and bytes of each tier."""
+
+    lanes: tuple[Lanes, Lanes]
+    held: dict[Tier, int]
+
+
+def _floored(placement: Placement, step: float) -> Placement:
+    """Whole percents, with `step` less on each faster tier."""
+    device = max(0.0, int(placement.device * 100 + 1e-6) / 100 - (step if placement.device < 1 else 0.0))
+    host = int(placement.host * 100 + 1e-6) / 100
+    if placement.share(Tier.DISK) < 1e-9:
+        return Placement(device=device, host=1 - device)
+    return Placement(device=device, host=max(0.0, host - (step if device == 0 else 0.0)))
+
+
+def _character(policy: Policy) -> tuple[Compression, bool, Tier, bool]:
+    """What makes two policies different in kind: compression, where attention is, where the cache is, all or most."""
+    main = max(Tier, key=policy.cache.share)
+    return policy.compression, policy.host_attention, main, policy.cache.share(main) > 0.995
+
+
+def _label(policy: Policy, other: Policy) -> str:
+    words = []
+    if other.compression != policy.compression:
+        bits = (f"{kind} in {size} bits" for kind, size in (("weights", other.compression.weights),
+                ("cache", other.compression.cache)) if size is not None)  # fmt: skip
+        words.append(" and ".join(bits) or "no compression")
+    if other.host_attention != policy.host_attention:
+        words.append(f"attention on the {'host' if other.host_attention else 'device'}")
+    *_, main, is_all = _character(other)
+    if (main, is_all) != _character(policy)[2:]:
+        words.append(f"{'all' if is_all else 'most'} of the cache on {main}")
+    return ", ".join(words)
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,410 @@
+"""What a model's configuration says of its tensors: bytes, FLOPs and cache of each stage and part.
+
+Reads a `config.json`, generic over the names that families give to the same size. Knows no family by name, no torch and
+no transformers. Matrices and tables are counted exactly; norms and biases only where the configuration tells of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import PolicyError, StoreError, UnsupportedModelError
+from ..policy import Compression
+from .budget import ModelSizes
+
+__all__ = ["DTYPES", "LayerShape", "ModelShape", "TensorShape", "kept_row_bytes", "quantized_bytes", "read_config"]
+
+#: bytes of an element, by the name of its type
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_ACTIVE = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+
+# Only these have a gated MLP without an RMS norm's epsilon beside it.
+_GATED_ANYWAY = ("logit_scale", "use_qkv_bias", "clip_qkv")
+
+# State that is not keys and values.
+_OTHER_STATE = ("state_size", "ssm_state_size", "mamba_d_state", "ssm_cfg", "rescale_every", "linear_num_value_heads")
+_CACHE_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# A matrix with a smaller share of its layer's largest one is not quantized.
+_SMALL_SHARE = 1 / 128
+
+# bytes of the scale and of the minimum of a group
+_GROUP_BYTES = 2
+
+
+def quantized_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
+    """Bytes of a quantized tensor: codes, and a scale and a minimum for each group along the last dimension."""
+    groups = math.prod(shape[:-1]) * -(-shape[-1] // group_size)
+    return groups * (group_size * bits // 8 + 2 * _GROUP_BYTES)
+
+
+def kept_row_bytes(heads: int, head_dim: int, compression: Compression, itemsize: int) -> int | None:
+    """Bytes of the keys of one token of one row at home; None if they are kept as compute uses them."""
+    bits = compression.cache
+    if bits is None or (bits == 16 and itemsize <= 2):
+        return None
+    if bits == 16:
+        return heads * head_dim * 2
+    size = min(compression.group_size, -(-head_dim // 8) * 8)
+    packed = heads * quantized_bytes((head_dim,), bits, size)
+    return packed + packed % 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorShape:
+    """A tensor, or several of one kind that are always used together.
+
+    Args:
+        part: `"attention"`, `"mlp"`, `"experts"`, `"embedding"` or `"head"`.
+        shape: its dimensions, the input dimension last; experts come first.
+        kind: `"matrix"`, `"table"` of the vocabulary, or `"vector"`, which stays where compute is if it is outside the
+            layers.
+        used: the share of its elements that a token is multiplied with.
+    """
+
+    part: str
+    shape: tuple[int, ...]
+    kind: str = "matrix"
+    used: float = 1.0
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer.
+
+    Args:
+        tensors: its weights.
+        window: tokens that a sliding layer attends to; None for all.
+    """
+
+    tensors: tuple[TensorShape, ...]
+    window: int | None = None
+
+    @functools.cached_property
+    def elements(self) -> int:
+        """Of all weights."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @functools.cached_property
+    def used_elements(self) -> int:
+        """Elements of matrices that a token is multiplied with: of experts, those that it is sent to."""
+        return round(sum(t.elements * t.used for t in self.tensors if t.kind == "matrix"))
+
+    def touched_elements(self, tokens: int) -> float:
+        """Elements of matrices that `tokens` tokens use together, if they choose experts at random."""
+        return sum(t.elements * (1 - (1 - t.used) ** tokens) for t in self.tensors if t.kind == "matrix")
+
+    def attended(self, tokens: int) -> int:
+        """How many of so many tokens a query attends to."""
+        return tokens if self.window is None else min(tokens, self.window)
+
+    def bits_of(self, tensor: TensorShape, compression: Compression) -> int | None:
+        """The width in which one of its tensors is kept; patterns are not looked at, for there are no names here."""
+        if tensor.kind != "matrix" or compression.weights is None:
+            return None
+        largest = max(t.elements for t in self.tensors if t.kind == "matrix")
+        packed = quantized_bytes(tensor.shape, compression.weights, compression.group_size)
+        is_worth_it = tensor.elements >= largest * _SMALL_SHARE and packed < 2 * tensor.elements
+        return compression.weights if is_worth_it else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: it is long, and a key of caches
+class ModelShape:
+    """A causal language model in numbers.
+
+    Args:
+        layers: decoder layers.
+        outer: tensors before and after them; of a table that embedding and head share, one.
+        hidden_size: elements of a token's hidden states.
+        num_heads: query heads.
+        key_heads: heads of keys and values as they are cached.
+        head_dim: elements of a head's key, and of its value.
+        vocab_size: rows of the head's table.
+        tied: embedding and head share their table.
+        dtype: of compute.
+        stored_itemsize: bytes of an element of the checkpoint.
+        max_tokens: the longest sequence that positions reach; None if the configuration does not say it.
+        name: for messages.
+    """
+
+    layers: tuple[LayerShape, ...]
+    outer: tuple[TensorShape, ...]
+    hidden_size: int
+    num_heads: int
+    key_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = True
+    dtype: str = "float16"
+    stored_itemsize: int = 2
+    max_tokens: int | None = None
+    name: str = ""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element in compute."""
+        return DTYPES[self.dtype]
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, each once."""
+        return sum(layer.elements for layer in self.layers) + sum(tensor.elements for tensor in self.outer)
+
+    @functools.cached_property
+    def active_parameters(self) -> int:
+        """Elements of matrices that one token is multiplied with, the head's table included."""
+        return sum(layer.used_elements for layer in self.layers) + self.head.elements
+
+    @property
+    def head(self) -> TensorShape:
+        """The table of the head."""
+        tables = [tensor for tensor in self.outer if tensor.kind == "table"]
+        return tables[-1]
+
+    def cache_elements(self, tokens: int) -> int:
+        """Elements of keys and values of one row of one layer."""
+        return 2 * tokens * self.key_heads * self.head_dim
+
+    def kept_bytes(self, compression: Compression) -> int:
+        """Bytes of keys and values of a token of one row in one layer, at home."""
+        kept = kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize)
+        return 2 * (self.key_heads * self.head_dim * self.itemsize if kept is None else kept)
+
+    def layer_flops(self, layer: LayerShape, tokens: int) -> float:
+        """Floating-point operations of a layer's products with weights, for `tokens` tokens."""
+        return 2.0 * layer.used_elements * tokens
+
+    def attention_flops(self, layer: LayerShape, queries: int, past: int) -> float:
+        """Of a layer's attention for one row: so many queries, each after what came before it."""
+        pairs = sum(layer.attended(past + 1 + q) for q in (0, queries - 1)) / 2 * queries
+        return 4.0 * pairs * self.num_heads * self.head_dim
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019  a frozen value; few are ever made
+    def sizes(self, compression: Compression, *, direct: bool) -> ModelSizes:
+        """What decides how much memory a call takes."""
+        inner, sent = (
+            max(sum(t.elements * t.used for t in layer.tensors if t.part == part and t.kind == "matrix")
+                for layer in self.layers)
+            for part in ("mlp", "experts")
+        )  # fmt: skip
+        return ModelSizes(
+            num_layers=len(self.layers),
+            hidden_size=self.hidden_size,
+            inner_size=round(inner + sent) // self.hidden_size,
+            query_size=self.num_heads * self.head_dim,
+            key_size=self.key_heads * self.head_dim,
+            num_heads=self.num_heads,
+            vocab_size=self.vocab_size,
+            itemsize=self.itemsize,
+            kept_key_bytes=kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize),
+            casts_head=direct and self.stored_itemsize != self.itemsize,
+            makes_masks_late=True,
+            reads_once=True,
+        )
+
+    def in_dtype(self, dtype: str) -> ModelShape:
+        """The same model computed in another type.
+
+        Raises:
+            PolicyError: a type that is not known.
+        """
+        if dtype not in DTYPES:
+            raise PolicyError(f"dtype: {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        return dataclasses.replace(self, dtype=dtype)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, name: str = "") -> ModelShape:
+        """The shape that a configuration describes.
+
+        Args:
+            config: what `config.json` holds.
+            name: for messages.
+
+        Raises:
+            UnsupportedModelError: a kind of model that cannot be streamed, or a size that the configuration lacks.
+
+        >>> config = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+        >>> ModelShape.from_config(config).kept_bytes(Compression())
+        32
+        """
+        return _Reader(config, name).shape()
+
+
+class _Reader:
+    """Reads one configuration."""
+
+    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+        self.config, self.name = config, name or str(config.get("model_type") or "the model")
+        self._refuse()
+        self.layers = self._size(_LAYERS)
+        self.hidden = self._size(_HIDDEN)
+        self.heads = self._size(_HEADS)
+        self.head_dim = self._known("head_dim", default=self.hidden // self.heads)
+        self.inner = self._known(*_INNER, default=4 * self.hidden)
+        self.is_rms = any(key in config for key in ("rms_norm_eps", "norm_eps"))
+        self.is_gated = self.is_rms or any(key in config for key in _GATED_ANYWAY)
+
+    def shape(self) -> ModelShape:
+        vocab = self._size(("vocab_size",))
+        tied = self.config.get("tie_word_embeddings", True) is not False
+        stored = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float16").removeprefix("torch.")
+        if stored not in DTYPES:
+            raise UnsupportedModelError(f"{self.name}: dtype {stored!r} is unknown; known are {', '.join(DTYPES)}")
+        return ModelShape(
+            layers=tuple(self._layer(index) for index in range(self.layers)),
+            outer=tuple(self._outer(vocab, tied)),
+            hidden_size=self.hidden,
+            num_heads=self.heads,
+            key_heads=self._cached(),
+            head_dim=self.head_dim,
+            vocab_size=vocab,
+            tied=tied,
+            dtype=stored,
+            stored_itemsize=DTYPES[stored],
+            max_tokens=self._known("max_position_embeddings", "n_positions", "seq_length", default=0) or None,
+            name=self.name,
+        )
+
+    # ------------------------------------------------------------------------------------------------- what it holds
+    def _known(self, *names: str, default: int = 0) -> int:
+        for name in names:
+            value = self.config.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        return default
+
+    def _size(self, names: tuple[str, ...]) -> int:
+        value = self._known(*names)
+        if value < 1:
+            raise UnsupportedModelError(
+                f"{self.name}: the configuration has no {names[0]!r} (nor another name of it), so its size is unknown; "
+                "give a config.json of a causal language model, or --shape"
+            )
+        return value
+
+    def _refuse(self) -> None:
+        config, name = self.config, self.name
+        if config.get("is_encoder_decoder"):
+            raise UnsupportedModelError(f"{name} is an encoder-decoder model; only causal language models are planned")
+        if any(key in config for key in ("vision_config", "audio_config", "text_config")):
+            raise UnsupportedModelError(f"{name} is multimodal; plan for its text model")
+        if config.get("kv_lora_rank"):
+            raise UnsupportedModelError(
+                f"{name} has latent attention (kv_lora_rank), whose cache differs between versions of transformers; "
+                "it cannot be planned for"
+            )
+        kinds = set(config.get("layer_types") or ()) - _CACHE_KINDS
+        other = [key for key in _OTHER_STATE if config.get(key) is not None]
+        if kinds or other:
+            raise UnsupportedModelError(
+                f"{name} keeps state that is not keys and values ({', '.join(sorted(kinds) or other)}); it cannot be "
+                "streamed"
+            )
+
+    def _cached(self) -> int:
+        """Heads of keys and values as they are cached."""
+        heads = self._known("num_key_value_heads", default=self.heads)
+        if self.config.get("multi_query") and not self.config.get("new_decoder_architecture"):
+            heads = 1
+        return heads
+
+    # ------------------------------------------------------------------------------------------------------ a layer
+    def _layer(self, index: int) -> LayerShape:
+        made = [*self._attention(), *(self._experts() if self._is_sparse(index) else self._mlp(self.inner, "mlp"))]
+        made.append(TensorShape("attention", (2 * self.hidden * (1 if self.is_rms else 2),), "vector"))
+        return LayerShape(tuple(made), self._window(index))
+
+    def _attention(self) -> list[TensorShape]:
+        hidden, heads = self.hidden, self.heads
+        keys = self._known("num_kv_heads", "num_key_value_heads", default=heads)
+        if self.config.get("multi_query"):
+            keys = keys if self.config.get("new_decoder_architecture") else 1
+        elif "new_decoder_architecture" in self.config and not self.config["new_decoder_architecture"]:
+            keys = heads
+        query, key = heads * self.head_dim, keys * self.head_dim
+        made = [TensorShape("attention", shape) for shape in ((query, hidden), (key, hidden), (key, hidden))]
+        made.append(TensorShape("attention", (hidden, query)))
+        has_bias = bool(self.config.get("attention_bias", self.config.get("bias", not self.is_rms)))
+        return [*made, TensorShape("attention", (query + 2 * key + hidden,), "vector")] if has_bias else made
+
+    def _mlp(self, inner: int, part: str) -> list[TensorShape]:
+        shapes = [(inner, self.hidden)] * (2 if self.is_gated else 1) + [(self.hidden, inner)]
+        made = [TensorShape(part, shape) for shape in shapes]
+        has_bias = bool(self.config.get("mlp_bias", self.config.get("enable_bias", not self.is_gated)))
+        return [*made, TensorShape(part, (inner + self.hidden,), "vector")] if has_bias else made
+
+    def _experts(self) -> list[TensorShape]:
+        """A router, experts of which a token uses some, and those that all tokens use."""
+        count, inner = self._known(*_EXPERTS), self._known("moe_intermediate_size", default=self.inner)
+        used = min(1.0, self._known(*_ACTIVE, default=1) / count)
+        shapes = [(count, 2 * inner if self.is_gated else inner, self.hidden), (count, self.hidden, inner)]
+        made = [TensorShape("experts", shape, used=used) for shape in shapes]
+        made.append(TensorShape("mlp", (count, self.hidden)))
+        if gated := self._known("shared_expert_intermediate_size"):
+            return [*made, TensorShape("mlp", (1, self.hidden)), *self._mlp(gated, "mlp")]
+        shared = self._known("n_shared_experts") * inner
+        return [*made, *(self._mlp(shared, "mlp") if shared else ())]
+
+    def _is_sparse(self, index: int) -> bool:
+        if not self._known(*_EXPERTS):
+            return False
+        step = max(1, self._known("decoder_sparse_step", default=1))
+        is_dense = index < self._known("first_k_dense_replace") or index in (self.config.get("mlp_only_layers") or ())
+        return not is_dense and (index + 1) % step == 0
+
+    def _window(self, index: int) -> int | None:
+        window, kinds = self._known("sliding_window"), self.config.get("layer_types")
+        if not window or self.config.get("use_sliding_window") is False:
+            return None
+        if kinds:
+            return window if index < len(kinds) and kinds[index] == "sliding_attention" else None
+        return window
+
+    # -------------------------------------------------------------------------------------------- around the layers
+    def _outer(self, vocab: int, tied: bool) -> list[TensorShape]:
+        width = self._known("word_embed_proj_dim", default=self.hidden)
+        made = [TensorShape("embedding", (vocab, width), "table")]
+        if width != self.hidden:
+            made += [TensorShape("embedding", (self.hidden, width)), TensorShape("head", (width, self.hidden))]
+        positions = self._known("n_positions") if self.config.get("rotary_dim") is None else 0
+        if "word_embed_proj_dim" in self.config:  # two rows more than positions
+            positions = self._known("max_position_embeddings") + 2
+        if positions:
+            made.append(TensorShape("embedding", (positions, self.hidden)))
+        made.append(TensorShape("head", (self.hidden * (1 if self.is_rms else 2),), "vector"))
+        return made if tied else [*made, TensorShape("head", (vocab, width), "table")]
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration in a model's folder.
+
+    Raises:
+        StoreError: there is none, or it is not JSON.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise StoreError(f"cannot read {str(file)!r} ({error.strerror}); give a model's folder, or --shape") from error
+    except ValueError as error:
+        raise StoreError(f"{str(file)!r} is not JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{str(file)!r} holds a {type(config).__name__}, not an object; download it again")
+    return config

@@ -1,0 +1,121 @@
+"""What the cost model says of bytes is what a run takes, from the configuration alone; seconds add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, OPTConfig
+
+from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
+from flexgen_hf.bench.shapes import write_random_checkpoint
+from flexgen_hf.planning.budget import PINNED_BYTES
+from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
+from flexgen_hf.planning.hardware import Hardware
+from flexgen_hf.planning.presets import preset
+from flexgen_hf.planning.schedule import Lane
+from flexgen_hf.planning.shape import ModelShape, read_config
+
+from .tiny import batch, load, pretend_accelerator
+
+POLICIES = [
+    Policy(batch_size=4, num_batches=2),
+    Policy.parse("0 0 0 0 0 0", batch_size=3, num_batches=2),
+    Policy.parse("30 40 20 50 0 100", batch_size=4, num_batches=2),
+    Policy.parse("0 100 0 100 0 100", batch_size=4, num_batches=2, compression=Compression(cache=4)),
+    Policy.parse("0 50 0 0 0 100", batch_size=8, num_batches=1, layer_slots=1),
+    Policy.parse("50 0 100 0 100 0", batch_size=2, num_batches=3, overlap=False),
+]
+
+
+@pytest.fixture(scope="module", params=["OPT", "Llama in 16 bit"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough for pages to be small beside what lies in them."""
+    sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if request.param == "OPT":
+        config: Any = OPTConfig(**sizes, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=128)
+        return write_random_checkpoint(tmp_path_factory.mktemp("model"), config, torch.float32)
+    config = LlamaConfig(**sizes, intermediate_size=344, num_key_value_heads=2, max_position_embeddings=128)
+    return write_random_checkpoint(tmp_path_factory.mktemp("model"), config, torch.float16)
+
+
+@pytest.fixture(params=["direct", "pushed"])
+def way(request: pytest.FixtureRequest) -> Iterator[Hardware]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pushed":
+            pretend_accelerator(patch)
+        yield preset("cpu2" if request.param == "direct" else "t4")
+
+
+def test_peaks_are_never_below_those_of_a_run_and_little_above(checkpoint: Path, way: Hardware, tmp_path: Path) -> None:
+    shape = ModelShape.from_config(read_config(checkpoint)).in_dtype("float32")
+    for policy in POLICIES:
+        with load(checkpoint, tmp_path, policy) as model:
+            prompts = batch(policy.block_size, 40)
+            model.generate(**prompts, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            taken = model.last_run.peak_bytes
+        said = PlannedRun(shape, way, policy, Workload(40, 8)).peak_bytes
+        said[Tier.HOST] -= 0 if way.direct else PINNED_BYTES  # this accelerator is none, and has no link
+        assert all(taken[tier] <= said[tier] for tier in Tier), (policy, taken, said)
+        assert all(said[tier] <= 1.15 * taken[tier] for tier in Tier), (policy, taken, said)
+
+
+OPT = {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "vocab_size": 50272}
+
+
+def run(policy: Policy, hardware: str = "t4", workload: Workload = Workload(128, 32)) -> PlannedRun:  # noqa: B008
+    return PlannedRun(ModelShape.from_config(OPT), preset(hardware), policy, workload)
+
+
+def test_seconds_of_lanes_are_bytes_over_speeds() -> None:
+    planned = run(Policy.parse("0 0 0 100 0 100", batch_size=8, num_batches=4))
+    weights = sum(tensor.stored_bytes for tensor in planned.tensors if tensor.moves and tensor.stage)  # the table stays
+    lanes = planned.lanes(Sweep(1, 128))
+    assert lanes[Lane.DISK_TO_HOST] == pytest.approx(weights / 2650e6, rel=0.02)
+    cache = 24 * 32 * 128 * 4 * 2048
+    hidden = 23 * 32 * 2048 * 2
+    assert lanes[Lane.HOST_TO_DEVICE] == pytest.approx((weights + cache + hidden) / (12.89 * 2**30), rel=0.1)
+    assert lanes[Lane.HOST_TO_DISK] == 0
+
+
+def test_a_product_is_no_faster_than_its_matrix_is_read() -> None:
+    one, many = (run(Policy(batch_size=size), workload=Workload(1, 2)).layer_s(1, size, Tier.DEVICE, Sweep(1, 1))
+                 for size in (1, 64))  # fmt: skip
+    assert one == pytest.approx(24 * 2048**2 / 220e9, rel=0.01)
+    assert many < 1.2 * one
+
+
+def test_attention_on_the_host_moves_no_cache() -> None:
+    moved, stays = (run(Policy.parse("100 0 0 100 100 0", batch_size=8, host_attention=on)) for on in (False, True))
+    decode = Sweep(1, 128)
+    assert stays.lanes(decode)[Lane.HOST_TO_DEVICE] == 0 < moved.lanes(decode)[Lane.HOST_TO_DEVICE]
+    assert stays.lanes(decode)[Lane.COMPUTE] > moved.lanes(decode)[Lane.COMPUTE]
+
+
+def test_compression_trades_bytes_for_unpacking() -> None:
+    plain = run(Policy.parse("0 0 0 0 100 0", batch_size=8, num_batches=2))
+    packed = run(plain.policy.replace(compression="4bit"))
+    decode = Sweep(1, 128)
+    ratio = packed.lanes(decode)[Lane.DISK_TO_HOST] / plain.lanes(decode)[Lane.DISK_TO_HOST]
+    assert 0.28 < ratio < 0.40  # 4.5 of 16 bits, and the tables are not quantized
+    assert predict(packed).peak_bytes[Tier.DISK] < 0.4 * predict(plain).peak_bytes[Tier.DISK]
+
+
+def test_a_block_is_no_larger_than_the_work() -> None:
+    assert run(Policy(batch_size=8, num_batches=4), workload=Workload(8, 2, 13)).batches == [8, 5]
+
+
+def test_a_speed_that_is_not_known_is_refused() -> None:
+    policy = Policy(cache=Placement(host=1.0), host_attention=True)
+    with pytest.raises(PolicyError, match="speed on Apple M2 Max"):
+        run(policy, "m2max").lanes(Sweep(1, 128))
+
+
+@pytest.mark.parametrize("field", ["prompt_len", "gen_len", "num_prompts"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_a_workload_that_cannot_be_meant_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(PolicyError, match=f"workload: {field}="):
+        Workload(**{"prompt_len": 1, "gen_len": 1, field: value})

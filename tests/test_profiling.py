@@ -1,0 +1,50 @@
+"""A machine that is measured: whole, in a form that plans are made for, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flexgen_hf import PolicyError, StoreError, profiling
+from flexgen_hf.cli import app
+from flexgen_hf.planning.cost import Workload
+from flexgen_hf.planning.hardware import Hardware
+from flexgen_hf.planning.search import plan
+from flexgen_hf.planning.shape import ModelShape
+
+from .test_hardware import NUMBERS
+from .test_planner import SMALL
+
+
+@pytest.fixture(autouse=True)
+def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_SECONDS", 0.0)
+
+
+def test_a_machine_is_measured_and_planned_for(tmp_path: Path) -> None:
+    folder, file = tmp_path / "disk", tmp_path / "machine.json"
+    result = CliRunner().invoke(
+        app,
+        ["profile", "--device", "cpu", "--offload-folder", str(folder), "--output", str(file)],
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0, result.output
+    hardware = Hardware.load(file)
+    assert hardware.direct
+    assert hardware.cached_read is not None
+    assert set(hardware.sources) >= NUMBERS
+    assert list(folder.iterdir()) == []
+    made = plan(ModelShape.from_config(SMALL).in_dtype("float32"), hardware, Workload(16, 4, 8))
+    assert made.predicted.tokens_per_s > 0
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for options, error in (
+        (["--device", "abacus"], PolicyError),
+        (["--device", "cpu", "--offload-folder", str(tmp_path / "file" / "below")], StoreError),
+        (["--device", "cpu", "--offload-folder", str(tmp_path), "--output", str(tmp_path / "no" / "x")], StoreError),
+    ):
+        assert isinstance(CliRunner().invoke(app, ["profile", *options]).exception, error)

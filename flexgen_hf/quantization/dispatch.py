@@ -40,6 +40,9 @@ METHODS: tuple[Method, ...] = ("minmax", "search")
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Devices for which torch brings Triton along; ROCm is "cuda" as well.
+_TRITON_DEVICES = ("cuda", "xpu")
+
 
 @functools.cache
 def _kernels() -> ModuleType | None:
@@ -51,7 +54,7 @@ def _kernels() -> ModuleType | None:
 
 
 def _triton_kernels(device: torch.device) -> ModuleType | None:
-    if device.type != "cuda":
+    if device.type not in _TRITON_DEVICES:
         return None
     from . import triton_kernels  # takes a while, and is not needed elsewhere
 

@@ -1,6 +1,6 @@
-"""Triton kernels for CUDA that quantize and dequantize as `groupwise` specifies, bit for bit.
+"""Triton kernels for CUDA, ROCm and XPU that quantize and dequantize as `groupwise` specifies, bit for bit.
 
-Triton comes with torch's builds for CUDA. The module can be imported without it, and then has no kernel.
+Triton comes with torch's builds for these. The module can be imported without it, and then has no kernel.
 """
 
 from __future__ import annotations

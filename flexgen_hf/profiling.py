@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
@@ -102,7 +103,7 @@ class _Measuring:
             host_to_device=links.get("host_to_device", copied),
             device_to_host=links.get("device_to_host", copied),
             matmul_flops=products,
-            memory_bytes_per_s=2 * copied.best,
+            memory_bytes_per_s=2 * copied.points[-1][1],  # smaller ones stay in a cache
             attention_flops=self._attention_flops(),
             attention_bytes_per_s=attended,
             host_attention_bytes_per_s=0.0 if direct else self._attended_bytes_per_s(torch.device("cpu")),
@@ -232,7 +233,7 @@ class _Measuring:
         logits = torch.zeros(8, 32000, device=self._device)
         return self._best(lambda: int(logits.float().argmax(-1).sum()))
 
-    def _best(self, work: Callable[[], object]) -> float:
+    def _best(self, work: Callable[[], Any]) -> float:
         """The shortest time of several."""
         best, until, runs = float("inf"), time.perf_counter() + _SECONDS, 0
         while runs < 2 or time.perf_counter() < until:

@@ -141,7 +141,8 @@ class PlannedRun:
         self.rings = rings_of(policy)
         self.call = call_of(policy, workload)
         self.batches = self.call.batches(policy)
-        self.casts = shape.sizes(policy.compression, direct=self.direct).kept_key_bytes is not None
+        sizes = shape.sizes(policy.compression, direct=self.direct)
+        self.casts, self._attends_kept = sizes.kept_key_bytes is not None, sizes.attends_kept
         self._max_pieces = pieces
 
     @functools.cached_property
@@ -169,8 +170,8 @@ class PlannedRun:
 
     # ---------------------------------------------------------------------------------------------------- what moves
     def stays(self, home: Tier) -> bool:
-        """Whether a cell with this home is attended on the host."""
-        return self.policy.host_attention and not self.direct and home is Tier.HOST
+        """Whether a cell with this home is attended where it is kept."""
+        return self._attends_kept or (self.policy.host_attention and not self.direct and home is Tier.HOST)
 
     def cell_route(self, home: Tier) -> Route:
         """The links that a cell with this home crosses."""
@@ -237,7 +238,8 @@ class PlannedRun:
             seconds = self._moved_s(lane, tokens * self.shape.kept_bytes(self.policy.compression))
         else:
             seconds = self.hardware.transfer_s
-        if not self.casts or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
+        is_packed_in_compute = self._attends_kept and sweep.past
+        if not self.casts or is_packed_in_compute or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
             return seconds
         return seconds + self._repacked_s(self.shape.cache_elements(tokens), is_load=is_load)
 
@@ -282,6 +284,7 @@ class PlannedRun:
         layer, tokens = self.shape.layers[stage - 1], rows * sweep.tokens
         products = self._product_s(layer.used_elements, layer.touched_elements(tokens), tokens)
         late = self.layout.late[stage] / self.hardware.upcast_bytes_per_s
+        late += self._unpacked_s(self.layout.late_unpacked[stage])
         work = products + late + self.attention_s(layer, rows, home, sweep)
         # what a CPU's thread does beside its products takes time of its own; a device is told ahead what to do next
         return work + self.hardware.compute_s if self.direct else max(work, self.hardware.compute_s)
@@ -300,6 +303,9 @@ class PlannedRun:
         seen = rows * self.shape.cache_elements(layer.attended(sweep.past + sweep.tokens))
         if not self.stays(home):
             return max(computed, seen * self.shape.itemsize / self.hardware.attention_bytes_per_s)
+        if self._attends_kept:  # products are hidden behind unpacking
+            added = self.shape.cache_elements(rows * sweep.tokens)
+            return max(computed, self._repacked_s(seen, is_load=True)) + self._repacked_s(added, is_load=False)
         crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
         there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
         unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0
@@ -362,9 +368,9 @@ class PlannedRun:
     @functools.cached_property
     def kinds_of_layers(self) -> list[int]:
         """For each layer the stage of the first one that is like it."""
-        first: dict[tuple[LayerShape, int], int] = {}
+        first: dict[tuple[LayerShape, int, int], int] = {}
         return [
-            first.setdefault((layer, self.layout.late[stage]), stage)
+            first.setdefault((layer, self.layout.late[stage], self.layout.late_unpacked[stage]), stage)
             for stage, layer in enumerate(self.shape.layers, start=1)
         ]
 

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..policy import Compression, Policy, Tier
-from .budget import Need
+from .budget import TILE_BYTES, Need
 from .placement import assign
 from .schedule import Rings, Route
 from .shape import LayerShape, ModelShape, TensorShape, quantized_bytes
@@ -40,6 +40,7 @@ class PlannedTensor:
         is_cast: it is kept in another dtype than it is computed in.
         moves: it may live on host or disk; what does not stays where compute is.
         is_matrix: it can be cast where it is multiplied.
+        is_late: it is multiplied from its codes, and never unpacked as a whole.
     """
 
     stage: int
@@ -50,6 +51,7 @@ class PlannedTensor:
     is_cast: bool = False
     moves: bool = True
     is_matrix: bool = True
+    is_late: bool = False
 
     @property
     def resident_bytes(self) -> int:
@@ -147,6 +149,8 @@ class WeightLayout:
         self._homes = _homes(tensors, policy) if homes is None else list(homes)
         #: 16-bit bytes of each stage that are cast for each product, and not on their way
         self.late = [0] * self.num_stages
+        #: elements of each stage that are unpacked for each product, and not on their way
+        self.late_unpacked = [0] * self.num_stages
         self._tensors = self._cast_late(tensors, one_batch=policy.num_batches == 1) if direct else list(tensors)
         self._members: list[list[tuple[PlannedTensor, Tier]]] = [[] for _ in range(self.num_stages)]
         for tensor, home in zip(self._tensors, self._homes, strict=True):
@@ -177,6 +181,8 @@ class WeightLayout:
             needs.append(Need(Tier.HOST, size * in_place, "weight slots"))
             needs.append(Need(Tier.DEVICE, size * pushed, "weight slots"))
         needs.append(Need(Tier.HOST, rings.pieces * self._staging_bytes, "weight staging"))
+        tile = max((tensor.device_bytes for tensor, _ in pairs if tensor.is_late), default=0)
+        needs.append(Need(Tier.DEVICE, min(TILE_BYTES, tile), "dequantizing"))
         if not self.direct and any(tensor.is_quantized for tensor, _ in pairs):
             needs.append(Need(Tier.DEVICE, self._staging_bytes or self.piece_bytes, "weight staging"))
         arenas = (sum(t.stored_bytes for t, home in members if home is Tier.HOST) for members in self._members)
@@ -195,13 +201,16 @@ class WeightLayout:
                 yield Need(tier, most, "weights")
 
     def _cast_late(self, tensors: Sequence[PlannedTensor], *, one_batch: bool) -> list[PlannedTensor]:
-        """Tables, and with one micro-batch all matrices, arrive as they are kept and are cast where they are used."""
+        """Of tables, and with one micro-batch of all matrices, tiles are made where they are used."""
         made = []
         for tensor, home in zip(tensors, self._homes, strict=True):
             is_outer = tensor.stage in (0, self.num_stages - 1)
             if tensor.is_cast and tensor.is_matrix and home is not Tier.DEVICE and (one_batch or is_outer):
                 self.late[tensor.stage] += tensor.stored_bytes
                 tensor = dataclasses.replace(tensor, device_bytes=tensor.stored_bytes, is_cast=False)  # noqa: PLW2901
+            elif tensor.is_quantized and tensor.is_matrix and one_batch and not is_outer:
+                self.late_unpacked[tensor.stage] += tensor.elements
+                tensor = dataclasses.replace(tensor, is_late=True)  # noqa: PLW2901
             made.append(tensor)
         return made
 
@@ -214,7 +223,8 @@ class WeightLayout:
 
     def _is_pushed(self, tensor: PlannedTensor) -> bool:
         """Whether a tensor cannot be used where it was read."""
-        return not self.direct or tensor.is_quantized or (tensor.is_cast and tensor.stored_bytes > _SMALL_BYTES)
+        is_changed = tensor.is_quantized or (tensor.is_cast and tensor.stored_bytes > _SMALL_BYTES)
+        return not self.direct or (is_changed and not tensor.is_late)
 
     def _reads_in_place(self, members: Iterable[tuple[PlannedTensor, Tier]]) -> bool:
         return self.direct and not any(self._is_pushed(t) for t, home in members if home is Tier.DISK)
@@ -223,7 +233,7 @@ class WeightLayout:
         disk = [tensor for tensor, home in members if home is Tier.DISK]
         in_place = self._reads_in_place(members)
         host = [tensor for tensor, home in members if home is Tier.HOST and self._is_pushed(tensor)]
-        held = [tensor for tensor, home in members if home is Tier.DEVICE and tensor.is_quantized]
+        held = [t for t, home in members if home is Tier.DEVICE and t.is_quantized and not t.is_late]
         made = self._cut(disk, reads=True, pushes=not in_place)
         return tuple(made + self._cut(host, reads=False, pushes=True) + self._cut(held, reads=False, pushes=False))
 
@@ -235,7 +245,7 @@ class WeightLayout:
         if self._pieces is not None:
             count = min(count, self._pieces)
         cast = sum(tensor.stored_bytes for tensor in tensors if tensor.is_cast)
-        unpacked = sum(tensor.elements for tensor in tensors if tensor.is_quantized)
+        unpacked = sum(tensor.elements for tensor in tensors if tensor.is_quantized and not tensor.is_late)
         crosses = pushes and not self.direct
         return [
             Piece(
@@ -265,7 +275,7 @@ class WeightLayout:
                 for tensor, home in members
                 if (home is Tier.DISK and not in_place)
                 or (home is Tier.HOST and self._is_pushed(tensor))
-                or (home is Tier.DEVICE and tensor.is_quantized)
+                or (home is Tier.DEVICE and tensor.is_quantized and not tensor.is_late)
             )
         )
 

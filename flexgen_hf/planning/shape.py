@@ -214,6 +214,7 @@ class ModelShape:
             vocab_size=self.vocab_size,
             itemsize=self.itemsize,
             kept_key_bytes=kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize),
+            attends_kept=direct and compression.cache not in (None, 16),
             casts_head=direct and self.stored_itemsize != self.itemsize,
             makes_masks_late=True,
             reads_once=True,

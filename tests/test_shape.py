@@ -80,7 +80,7 @@ def test_the_sizes_are_those_of_the_accounting(name: str, bits: int | None) -> N
     expected = shape_of(config, inner, torch.float32, compression, casts_head=False)
     shape = ModelShape.from_config(json.loads(config.to_json_string(use_diff=False))).in_dtype("float32")
     assert dataclasses.replace(shape, stored_itemsize=4).sizes(compression, direct=True) == dataclasses.replace(
-        expected, makes_masks_late=True, reads_once=True
+        expected, makes_masks_late=True, reads_once=True, attends_kept=bits == 4
     )
 
 

@@ -168,6 +168,7 @@ class _Stage:
     host: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the host arena
     in_place: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # read where they are used
     pushed: dict[str, tuple[StoredTensor, int]] = dataclasses.field(default_factory=dict)  # offset in the device slot
+    from_codes: list[StoredTensor] = dataclasses.field(default_factory=list)  # multiplied as they are kept
     pieces: list[_Piece] = dataclasses.field(default_factory=list)
     arena: Buffer | None = None
     host_bytes: int = 0  # of the slot that tensors are read into in place
@@ -211,9 +212,7 @@ class WeightStore:
         self.dequantizations = self._dequantizer.counts
         self._piece_bytes = self._size_of_pieces(num_stages)
         self._stages = [_Stage() for _ in range(num_stages)]
-        self._stage_members = self._by_stage(num_stages)
-        self._by_name = {tensor.name: tensor for tensor in self._tensors}
-        for stage, members in enumerate(self._stage_members):
+        for stage, members in enumerate(self._by_stage(num_stages)):
             self._stages[stage] = self._lay_out(members)
         self._slots = self._make_slots()
         self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
@@ -292,31 +291,28 @@ class WeightStore:
         for tensor, at in plan.pushed.values():
             assert device is not None
             yield tensor.name, tensor_view(device.bytes, at, tensor.dtype, tensor.extent.shape)
-        for name in self._from_codes(stage):
-            tensor = self._by_name[name]
-            yield name, torch.full((), math.nan, dtype=tensor.dtype).expand(tensor.extent.shape)
+        for tensor in plan.from_codes:
+            yield tensor.name, torch.full((), math.nan, dtype=tensor.dtype).expand(tensor.extent.shape)
 
     def codes(self, stage: int, slot: int) -> Iterator[tuple[str, Quantized, GroupFormat]]:
         """The matrices of a stage that are to be multiplied from their codes: `tensors` shows NaN in place of them."""
         plan = self._stages[stage]
+        if not plan.from_codes:
+            return
         host, _ = self._buffers(stage, slot)
         memories = {t.name: (plan.arena, t.offsets(at)) for t, at in plan.host}
         for tensor, at in plan.in_place:
             first = tensor.extent.offset
             memories[tensor.name] = (host, [at + part.offset - first for part in tensor.parts])
-        for name in self._from_codes(stage):
-            extent = self._by_name[name].extent
+        for tensor in plan.from_codes:
+            extent = tensor.extent
             assert isinstance(extent, QuantizedExtent)
-            held = self._dequantizer.held.get(name)
+            held = self._dequantizer.held.get(tensor.name)
             if held is None:
-                memory, places = memories[name]
+                memory, places = memories[tensor.name]
                 assert memory is not None
                 held = rows_at(extent, extent.rows, memory.bytes, places)
-            yield name, held, extent.format
-
-    def _from_codes(self, stage: int) -> list[str]:
-        pushed = self._stages[stage].pushed
-        return [t.name for t in self._stage_members[stage] if t.is_quantized and t.name not in pushed]
+            yield tensor.name, held, extent.format
 
     # ------------------------------------------------------------------------------------------------------ moving it
     def load_homes(self, progress: Callable[[int], None] | None = None) -> None:
@@ -436,6 +432,7 @@ class WeightStore:
             plan.pushed[tensor.name] = (tensor, at)
             at += round_up(tensor.device_bytes, 64)
         plan.device_bytes = at
+        plan.from_codes = [t for t in members if t.is_quantized and t.name not in plan.pushed]
         pushed = {t: t.offsets(place) for t, place in plan.host if t.name in plan.pushed}
         plan.pieces += _cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
         return plan

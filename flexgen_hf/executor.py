@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import math
 import sys
@@ -293,9 +292,7 @@ class Executor:
         is_kept = traffic.tied and bool(self.weights.routes()[0])
         following = None
         if self.policy.overlap and not last:
-            following = dataclasses.replace(traffic, fresh_cache=False)
-            if is_kept:  # the table that embedding and head share stays in its slot
-                following = dataclasses.replace(following, weights=((), *traffic.weights[1:]))
+            following = traffic.following(table_is_there=is_kept)
         # Rings bound how far ahead loads can be; to list more than that ahead would only take memory.
         ahead = (self.space.rings.layers + 1) * traffic.num_batches
         work: collections.deque[Step] = collections.deque()

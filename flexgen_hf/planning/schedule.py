@@ -137,6 +137,15 @@ class Traffic:
         """Stage of the head."""
         return len(self.weights) - 1
 
+    def following(self, *, table_is_there: bool) -> Traffic:
+        """What moves in the sweep after this one.
+
+        Args:
+            table_is_there: the table that embedding and head share stays in its slot.
+        """
+        weights = ((), *self.weights[1:]) if table_is_there else self.weights
+        return dataclasses.replace(self, weights=weights, fresh_cache=False)
+
 
 class _Ring:
     """Reused buffers that are taken in turn, and the last step that needs each."""

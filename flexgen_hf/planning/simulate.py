@@ -100,9 +100,7 @@ def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[list[Step]]:
         traffic = run.traffic(fresh=not sweep.past, table_is_there=is_there)
         following = None
         if run.policy.overlap and number + 1 < len(sweeps):
-            following = dataclasses.replace(traffic, fresh_cache=False)
-            if keeps_table:
-                following = dataclasses.replace(following, weights=((), *traffic.weights[1:]))
+            following = traffic.following(table_is_there=keeps_table)
         yield list(schedule.steps(traffic, following))
 
 

@@ -56,7 +56,7 @@ from .quantization.groupwise import GroupFormat
 from .storage.buffers import return_freed_memory
 from .storage.files import check_offload_folder
 from .storage.ledger import Ledger
-from .storage.workspace import EMULATED, Workspace
+from .storage.workspace import Workspace, default_device
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent
 from .weights.quantized import LAYOUT_VERSION, QuantizedExtent, Quantizing
 from .weights.store import StoredTensor, WeightStore
@@ -553,8 +553,7 @@ def _device(options: FlexGenConfig) -> torch.device:
             return torch.device(options.device)
         except RuntimeError as error:
             raise PolicyError(f"device={options.device!r}: torch knows no such device; leave it out") from error
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None and found.type != EMULATED else torch.device("cpu")
+    return default_device()
 
 
 def _limits(options: FlexGenConfig, device: torch.device) -> tuple[dict[Tier, int], int | None]:

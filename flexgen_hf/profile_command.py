@@ -26,7 +26,8 @@ def profile_command(
     """Measures this machine in less than a minute, for `plan --hardware FILE`."""
     import torch
 
-    from .profiling import default_device, measure
+    from .profiling import measure
+    from .storage.workspace import default_device
 
     try:
         chosen = default_device() if device is None else torch.device(device)

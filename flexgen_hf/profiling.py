@@ -28,9 +28,9 @@ from .storage.buffers import Buffer
 from .storage.files import SpillFile
 from .storage.lanes import Lanes
 from .storage.ledger import Ledger
-from .storage.workspace import EMULATED, Workspace
+from .storage.workspace import Workspace
 
-__all__ = ["default_device", "measure"]
+__all__ = ["measure"]
 
 _MIB = 1 << 20
 
@@ -45,12 +45,6 @@ _WIDTH = 2048
 # Each thing is measured for so long, and at least twice.
 _SECONDS = 0.3
 _SPILL_BYTES = 64 * _MIB
-
-
-def default_device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None and found.type != EMULATED else torch.device("cpu")
 
 
 def measure(device: torch.device, folder: Path, said: Callable[[str], None] = lambda _: None) -> Hardware:

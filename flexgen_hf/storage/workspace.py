@@ -16,10 +16,16 @@ from .buffers import Buffer
 from .ledger import Ledger
 from .pinned import PinnedPool
 
-__all__ = ["EMULATED", "Workspace"]
+__all__ = ["EMULATED", "Workspace", "default_device"]
 
 #: type of the device that `flexgen_hf.bench` emulates
 EMULATED = "emulated"
+
+
+def default_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None and found.type != EMULATED else torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)

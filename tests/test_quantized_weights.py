@@ -15,8 +15,8 @@ import transformers
 from conversion.convert import convert
 from flexgen_hf import Compression, FlexGenForCausalLM, Policy, PolicyError, Tier
 from flexgen_hf.quantization.groupwise import GroupFormat
+from flexgen_hf.weights import store as weight_store
 from flexgen_hf.weights.format import Manifest, is_store
-from flexgen_hf.weights.store import WeightStore
 
 from .comparison import (
     BEAMS,
@@ -86,7 +86,7 @@ def test_same_tokens_wherever_the_weights_are(
     """Whatever the policy; tensors are moved whole, or with every other policy in pieces of a few rows."""
     policy = POLICIES[number]
     if number % 2 == 0:
-        monkeypatch.setattr(WeightStore, "_size_of_pieces", lambda *_: 200)
+        monkeypatch.setattr(weight_store, "size_of_pieces", lambda *_, **__: 200)
     with load(store, tmp_path, policy, device=device) as model:
         got = greedy(model, put(batch(7), model.device))
         run = model.last_run

@@ -20,6 +20,7 @@ from .schedule import Rings
 __all__ = [
     "ESTIMATED",
     "EXCHANGE_BYTES",
+    "PAGE",
     "PINNED_BYTES",
     "TILE_BYTES",
     "Call",
@@ -31,6 +32,7 @@ __all__ = [
     "difference",
     "fits",
     "largest",
+    "pages",
     "rings_of",
     "totals",
 ]
@@ -38,7 +40,8 @@ __all__ = [
 #: names of the needs that are estimated; nobody but whoever asks takes them from the account
 ESTIMATED = frozenset({"working set", "logits"})
 
-_PAGE = 4096
+#: bytes of a page of memory
+PAGE = 4096
 
 _Asked = TypeVar("_Asked", Policy, "Call")
 
@@ -239,8 +242,8 @@ class Demand:
         staging = working = 0
         for cell, home in homes.items():
             rows = batches[cell[1]]
-            kept = 2 * _pages(rows * call.capacity * self._kept)
-            seen = 2 * _pages(rows * call.capacity * shape.key_size * shape.itemsize)
+            kept = 2 * pages(rows * call.capacity * self._kept)
+            seen = 2 * pages(rows * call.capacity * shape.key_size * shape.itemsize)
             held[home] += kept
             if home is Tier.DISK:
                 staging = max(staging, kept)
@@ -259,8 +262,8 @@ class Demand:
         token = call.rows * self._kept
         on_disk = Tier.DISK in homes
         # on disk, blocks begin on pages: of a number of tokens that is a power of two, at most 4096
-        largest = max(EXCHANGE_BYTES, token * (_PAGE if on_disk else 1))
-        block = _pages(min(largest, token * call.capacity))
+        largest = max(EXCHANGE_BYTES, token * (PAGE if on_disk else 1))
+        block = pages(min(largest, token * call.capacity))
         tiers = {home if home is Tier.DEVICE else Tier.HOST for home in homes}
         for tier in tiers:
             yield Need(tier, block, "cache scratch")
@@ -279,7 +282,7 @@ class Demand:
             return
         homes = assign([(batch, 1) for batch in range(len(batches))], policy.hidden)
         token = self.shape.hidden_size * self.shape.itemsize
-        sizes = {batch: _pages(rows * call.tokens * token) for batch, rows in enumerate(batches)}
+        sizes = {batch: pages(rows * call.tokens * token) for batch, rows in enumerate(batches)}
         on_host = 0 if self.direct else sum(size for batch, size in sizes.items() if homes[batch] is Tier.HOST)
         yield Need(Tier.HOST, on_host, "hidden states")
         yield Need(Tier.DISK, sum(size for batch, size in sizes.items() if homes[batch] is Tier.DISK), "hidden states")
@@ -324,8 +327,9 @@ class Demand:
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
 
 
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE
+def pages(nbytes: int) -> int:
+    """Bytes of the whole pages that hold so many."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 def rings_of(policy: Policy) -> Rings:

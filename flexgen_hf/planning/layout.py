@@ -12,19 +12,36 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..policy import Compression, Policy, Tier
-from .budget import TILE_BYTES, Need
+from .budget import PAGE, TILE_BYTES, Need, pages
 from .placement import assign
 from .schedule import Rings, Route
 from .shape import LayerShape, ModelShape, TensorShape, quantized_bytes
 
-__all__ = ["PIECE_BYTES", "Piece", "PlannedTensor", "WeightLayout", "tensors_of"]
+__all__ = ["PIECE_BYTES", "SMALL_BYTES", "Piece", "PlannedTensor", "WeightLayout", "size_of_pieces", "tensors_of"]
 
-#: how weights move at most at a time
+#: how weights move at most at a time: enough for full speed, and no cell waits long for it
 PIECE_BYTES = 8 << 20
+
+#: where compute works in host memory, tensors up to this size are cast when their stage begins
+SMALL_BYTES = 256 << 10
+
+# What compute sends over a link while it attends on the host stands in line behind pieces: each is a small part of
+# a layer, but not so small that requests cost more than what they move.
 _PIECES_OF_A_LAYER = 64
 _SMALLEST_PIECE_BYTES = 256 << 10
-_SMALL_BYTES = 256 << 10
-_PAGE = 4096
+
+
+def size_of_pieces(layers: Iterable[int], *, direct: bool) -> int:
+    """Bytes of weights that move at a time.
+
+    Args:
+        layers: bytes of each decoder layer.
+        direct: compute works in host memory.
+    """
+    if direct:
+        return PIECE_BYTES
+    part = pages(max(layers, default=0) // _PIECES_OF_A_LAYER)
+    return min(PIECE_BYTES, max(_SMALLEST_PIECE_BYTES, part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +172,8 @@ class WeightLayout:
         self._members: list[list[tuple[PlannedTensor, Tier]]] = [[] for _ in range(self.num_stages)]
         for tensor, home in zip(self._tensors, self._homes, strict=True):
             self._members[tensor.stage].append((tensor, home))
-        self.piece_bytes = self._size_of_pieces()
+        layers = (sum(tensor.stored_bytes for tensor, _ in members) for members in self._members[1:-1])
+        self.piece_bytes = size_of_pieces(layers, direct=direct)
         self._pieces = pieces
         self.stages = [self._pieces_of(members) for members in self._members]
 
@@ -186,7 +204,7 @@ class WeightLayout:
         if not self.direct and any(tensor.is_quantized for tensor, _ in pairs):
             needs.append(Need(Tier.DEVICE, self._staging_bytes or self.piece_bytes, "weight staging"))
         arenas = (sum(t.stored_bytes for t, home in members if home is Tier.HOST) for members in self._members)
-        needs.append(Need(Tier.HOST, sum(_pages(size) for size in arenas), "weights"))
+        needs.append(Need(Tier.HOST, sum(pages(size) for size in arenas), "weights"))
         resident = sum(tensor.resident_bytes for tensor, home in pairs if home is Tier.DEVICE)
         needs.append(Need(Tier.DEVICE, resident, "weights"))
         return [need for need in needs if need.nbytes]
@@ -214,16 +232,9 @@ class WeightLayout:
             made.append(tensor)
         return made
 
-    def _size_of_pieces(self) -> int:
-        if self.direct:
-            return PIECE_BYTES
-        layers = (sum(tensor.stored_bytes for tensor, _ in members) for members in self._members[1:-1])
-        part = _pages(max(layers, default=0) // _PIECES_OF_A_LAYER)
-        return min(PIECE_BYTES, max(_SMALLEST_PIECE_BYTES, part))
-
     def _is_pushed(self, tensor: PlannedTensor) -> bool:
         """Whether a tensor cannot be used where it was read."""
-        is_changed = tensor.is_quantized or (tensor.is_cast and tensor.stored_bytes > _SMALL_BYTES)
+        is_changed = tensor.is_quantized or (tensor.is_cast and tensor.stored_bytes > SMALL_BYTES)
         return not self.direct or (is_changed and not tensor.is_late)
 
     def _reads_in_place(self, members: Iterable[tuple[PlannedTensor, Tier]]) -> bool:
@@ -264,12 +275,12 @@ class WeightLayout:
             return 0
         total = sum(tensor.stored_bytes for tensor, home in members if home is Tier.DISK)
         runs = sum(is_disk for is_disk, _ in itertools.groupby(members, lambda pair: pair[1] is Tier.DISK))
-        return _pages(total) + runs * _PAGE if total else 0
+        return pages(total) + runs * PAGE if total else 0
 
     def _pushed_room(self, members: Sequence[tuple[PlannedTensor, Tier]]) -> int:
         """Room in a slot on the device."""
         in_place = self._reads_in_place(members)
-        return _pages(
+        return pages(
             sum(
                 -(-tensor.device_bytes // 64) * 64
                 for tensor, home in members
@@ -288,14 +299,10 @@ class WeightLayout:
             if not self._reads_in_place(members)
         ]
         largest = max(passing, default=0)
-        return _pages(min(largest, self.piece_bytes)) + _PAGE if largest else 0
+        return pages(min(largest, self.piece_bytes)) + PAGE if largest else 0
 
 
 def _homes(tensors: Sequence[PlannedTensor], policy: Policy) -> list[Tier]:
     fixed = {i: Tier.DEVICE for i, tensor in enumerate(tensors) if not tensor.moves}
     homes = assign([(i, tensor.stored_bytes) for i, tensor in enumerate(tensors)], policy.weights, fixed)
     return [homes[i] for i in range(len(tensors))]
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE

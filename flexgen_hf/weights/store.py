@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..planning.budget import TILE_BYTES, Need
+from ..planning.layout import PIECE_BYTES, SMALL_BYTES, size_of_pieces
 from ..planning.placement import realised
 from ..planning.schedule import Route
 from ..policy import Tier
@@ -36,17 +37,6 @@ __all__ = ["StoredTensor", "WeightStore"]
 
 # Tensors this close together in a file are read with the bytes between them: one request is cheaper than two.
 _GAP_BYTES = 16 << 10
-
-# Where compute works in host memory, tensors up to this size are cast when their stage begins.
-_SMALL_BYTES = 256 << 10
-
-# Large enough for the full speed of disks and links, small enough that a cell does not wait long behind one.
-_PIECE_BYTES = 8 << 20
-
-# What compute sends over a link while it attends on the host stands in line behind pieces: each is a small part of
-# a layer, but not so small that requests cost more than what they move.
-_PIECES_OF_A_LAYER = 64
-_SMALLEST_PIECE_BYTES = 256 << 10
 
 # Resident tensors from this size on lie in pages of their own.
 _LARGE_BYTES = 1 << 20
@@ -210,9 +200,11 @@ class WeightStore:
         self.casts: collections.Counter[str] = collections.Counter()
         #: how often each quantized tensor was dequantized
         self.dequantizations = self._dequantizer.counts
-        self._piece_bytes = self._size_of_pieces(num_stages)
+        by_stage = self._by_stage(num_stages)
+        layers = (sum(tensor.stored_bytes for tensor in members) for members in by_stage[1:-1])
+        self._piece_bytes = size_of_pieces(layers, direct=space.is_direct)
         self._stages = [_Stage() for _ in range(num_stages)]
-        for stage, members in enumerate(self._by_stage(num_stages)):
+        for stage, members in enumerate(by_stage):
             self._stages[stage] = self._lay_out(members)
         self._slots = self._make_slots()
         self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
@@ -437,16 +429,9 @@ class WeightStore:
         plan.pieces += _cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
         return plan
 
-    def _size_of_pieces(self, num_stages: int) -> int:
-        if self._space.is_direct:
-            return _PIECE_BYTES
-        layers = self._by_stage(num_stages)[1:-1]
-        part = max((sum(t.stored_bytes for t in layer) for layer in layers), default=0) // _PIECES_OF_A_LAYER
-        return min(_PIECE_BYTES, max(_SMALLEST_PIECE_BYTES, round_up(part)))
-
     def _is_pushed(self, tensor: StoredTensor) -> bool:
         """Whether a tensor cannot be used where it was read."""
-        is_large = tensor.stored_bytes > _SMALL_BYTES
+        is_large = tensor.stored_bytes > SMALL_BYTES
         is_changed = not tensor.is_late and (tensor.is_quantized or (tensor.is_cast and is_large))
         return not self._space.is_direct or is_changed
 
@@ -542,7 +527,7 @@ def _parts(run: _Run) -> Iterator[_Run]:
     """A long read in parts that begin on pages of the file, so that no two of them touch the same page."""
     done = 0
     while done < run.nbytes:
-        size = min(_PIECE_BYTES - (run.offset + done) % PAGE, run.nbytes - done)
+        size = min(PIECE_BYTES - (run.offset + done) % PAGE, run.nbytes - done)
         yield _Run(run.file, run.offset + done, size, run.at + done)
         done += size
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import platform
 import shutil
 import time
@@ -127,10 +128,21 @@ class _Measuring:
                 "cached_write": lambda at, size: file.write(at, memory[:size]),
                 "cached_read": lambda at, size: file.read(at, memory[:size]),
             }
-            return {name: self._curve(functools.partial(_passes, move, start)) for name, move in moves.items()}
+            return {name: self._curve(functools.partial(self._passes, move, start)) for name, move in moves.items()}
         finally:
             file.close()
             buffer.free()
+
+    def _passes(self, move: _Move, start: int, size: int) -> float:
+        """Seconds of a request, of many in a row through the file, for a device hides how long the last ones take."""
+        count = max(1, min(_SPILL_BYTES // size, 16))
+        places = itertools.cycle(range(0, _SPILL_BYTES - size + 1, size))
+
+        def requests() -> None:
+            for at in itertools.islice(places, count):
+                move(start + at, size)
+
+        return self._best(requests) / count
 
     def _curve(self, seconds_per_request: Callable[[int], float]) -> Curve:
         return Curve(tuple((size, size / seconds_per_request(size)) for size in _TRANSFERS))
@@ -245,16 +257,3 @@ _Move = Callable[[int, int], int]
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
-
-
-def _passes(move: _Move, start: int, size: int) -> float:
-    """Seconds of a request, of many in a row through the file, for a device hides how long the last ones take."""
-    best, until, at, done = float("inf"), time.perf_counter() + _SECONDS, 0, 0
-    while done < 2 or time.perf_counter() < until:
-        count = max(1, min(_SPILL_BYTES // size, 16))
-        started = time.perf_counter()
-        for _ in range(count):
-            move(start + at, size)
-            at = (at + size) % (_SPILL_BYTES - size + 1) // size * size
-        best, done = min(best, (time.perf_counter() - started) / count), done + 1
-    return max(best, 1e-9)

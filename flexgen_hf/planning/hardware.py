@@ -264,9 +264,10 @@ def _number(value: Any, what: str) -> float:
 
 
 def _positive(value: Any, what: str) -> float:
-    if not _number(value, what):
+    number = _number(value, what)
+    if not number:
         raise PolicyError(f"hardware: {what} is 0; give a positive number")
-    return float(value) if isinstance(value, float) else value
+    return number
 
 
 def _curve(value: Any, what: str) -> Curve:

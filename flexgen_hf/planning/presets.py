@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import PolicyError
 from .hardware import Curve, Hardware, constant
@@ -113,6 +114,19 @@ _HOST_ATTENTION = (
 )
 
 
+def _by_memory(memory: float) -> dict[str, Any]:
+    """What follows from the speed of an accelerator's memory, and what is the same for all."""
+    return {
+        "memory_bytes_per_s": memory,
+        "upcast_bytes_per_s": memory / 3,
+        "unpack_elements_per_s": memory / _UNPACK_BYTES,
+        "pack_elements_per_s": memory / _PACK_BYTES,
+        "transfer_s": _TRANSFER_S,
+        "compute_s": _COMPUTE_S,
+        "sweep_s": _SWEEP_S,
+    }
+
+
 def _of_accelerator(card: _Accelerator) -> Hardware:
     memory, link = card.gbytes * 1e9 * _OF_MEMORY_PEAK, card.link_gbytes * 1e9 * _OF_LINK_PEAK
     of_memory = f"{_OF_MEMORY_PEAK:g} of the memory's peak. {card.datasheet}"
@@ -127,16 +141,10 @@ def _of_accelerator(card: _Accelerator) -> Hardware:
         host_to_device=constant(link),
         device_to_host=constant(link),
         matmul_flops={"float16": products, "bfloat16": products},
-        memory_bytes_per_s=memory,
         attention_flops=products.best / 2,
         attention_bytes_per_s=memory / 2,
         host_attention_bytes_per_s=_HOST_ATTENTION[0],
-        upcast_bytes_per_s=memory / 3,
-        unpack_elements_per_s=memory / _UNPACK_BYTES,
-        pack_elements_per_s=memory / _PACK_BYTES,
-        transfer_s=_TRANSFER_S,
-        compute_s=_COMPUTE_S,
-        sweep_s=_SWEEP_S,
+        **_by_memory(memory),
         sources={
             "device_bytes": f"{_FREE_SHARE:g} of it. {card.datasheet}",
             "host_bytes": f"{_FREE_HOST_SHARE:g} of it. {_HOST_SOURCE}",
@@ -172,16 +180,10 @@ def _t4() -> Hardware:
         host_to_device=constant(12.89 * _GIB),
         device_to_host=constant(12.89 * _GIB),
         matmul_flops={"float16": constant(21.24e12), "bfloat16": constant(4e12), "float32": constant(8.1e12 * 0.6)},
-        memory_bytes_per_s=memory,
         attention_flops=9.97e12,
         attention_bytes_per_s=79e9,
         host_attention_bytes_per_s=12.3e9,
-        upcast_bytes_per_s=memory / 3,
-        unpack_elements_per_s=memory / _UNPACK_BYTES,
-        pack_elements_per_s=memory / _PACK_BYTES,
-        transfer_s=_TRANSFER_S,
-        compute_s=_COMPUTE_S,
-        sweep_s=_SWEEP_S,
+        **_by_memory(memory),
         sources={
             "device_bytes": f"15 GiB of the 16: {_ORIGINAL}",
             "host_bytes": f"204 of 208: {_ORIGINAL}",
@@ -222,17 +224,11 @@ def _apple() -> Hardware:
         host_to_device=constant(memory / 2),
         device_to_host=constant(memory / 2),
         matmul_flops={"float16": products, "bfloat16": products, "float32": products},
-        memory_bytes_per_s=memory,
         attention_flops=products.best / 2,
         attention_bytes_per_s=memory / 2,
         host_attention_bytes_per_s=0.0,
-        upcast_bytes_per_s=memory / 3,
-        unpack_elements_per_s=memory / _UNPACK_BYTES,
-        pack_elements_per_s=memory / _PACK_BYTES,
         unified=True,
-        transfer_s=_TRANSFER_S,
-        compute_s=_COMPUTE_S,
-        sweep_s=_SWEEP_S,
+        **_by_memory(memory),
         sources={
             "device_bytes": f"0.75 of it, as macOS lets the GPU have. {chip}",
             "host_bytes": f"one memory with the device's. {chip}",

@@ -9,14 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .architectures import Structure
+from .planning.shape import SMALL_SHARE
 from .policy import Compression
 from .quantization.groupwise import GroupFormat
 
 __all__ = ["weight_formats"]
-
-# A matrix with a smaller share of the elements of its layer's largest one is not worth the error: routers of experts,
-# above all, which decide by small differences.
-_SMALL_SHARE = 1 / 128
 
 # bytes of an element that is not quantized
 _ITEMSIZE = 2
@@ -47,7 +44,7 @@ def weight_formats(
     for name, shape in {**matrices, **{name: shapes[name] for name in tables}}.items():
         usual = compression.tables
         if name not in tables:
-            is_small = math.prod(shape) < largest[structure.locate(name)[0]] * _SMALL_SHARE
+            is_small = math.prod(shape) < largest[structure.locate(name)[0]] * SMALL_SHARE
             usual = None if is_small else compression.weights
         bits = compression.bits(name, usual)
         if bits is not None and (fmt := GroupFormat(bits, compression.group_size)).nbytes(shape) < _plain(shape):

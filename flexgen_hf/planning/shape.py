@@ -18,7 +18,10 @@ from ..errors import PolicyError, StoreError, UnsupportedModelError
 from ..policy import Compression
 from .budget import ModelSizes
 
-__all__ = ["DTYPES", "LayerShape", "ModelShape", "TensorShape", "kept_row_bytes", "quantized_bytes", "read_config"]
+__all__ = [
+    "DTYPES", "SMALL_SHARE", "LayerShape", "ModelShape", "TensorShape", "kept_row_bytes", "quantized_bytes",
+    "read_config",
+]  # fmt: skip
 
 #: bytes of an element, by the name of its type
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,8 +40,9 @@ _GATED_ANYWAY = ("logit_scale", "use_qkv_bias", "clip_qkv")
 _OTHER_STATE = ("state_size", "ssm_state_size", "mamba_d_state", "ssm_cfg", "rescale_every", "linear_num_value_heads")
 _CACHE_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# A matrix with a smaller share of its layer's largest one is not quantized.
-_SMALL_SHARE = 1 / 128
+#: a matrix with a smaller share of the elements of its layer's largest one is not worth the error: routers of experts,
+#: above all, which decide by small differences
+SMALL_SHARE = 1 / 128
 
 # bytes of the scale and of the minimum of a group
 _GROUP_BYTES = 2
@@ -121,7 +125,7 @@ class LayerShape:
             return None
         largest = max(t.elements for t in self.tensors if t.kind == "matrix")
         packed = quantized_bytes(tensor.shape, compression.weights, compression.group_size)
-        is_worth_it = tensor.elements >= largest * _SMALL_SHARE and packed < 2 * tensor.elements
+        is_worth_it = tensor.elements >= largest * SMALL_SHARE and packed < 2 * tensor.elements
         return compression.weights if is_worth_it else None
 
 

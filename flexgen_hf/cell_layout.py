@@ -143,12 +143,6 @@ class CellShape:
         keys, values = (GroupFormat(bits, min(size, round_up(width, 8))) for _, width in (self.key, self.value))
         return keys, values
 
-    def _view(self, memory: torch.Tensor, start: int, capacity: int, part: int, by_heads: bool) -> torch.Tensor:
-        if not by_heads:
-            return tensor_view(memory, start, self.dtype, (capacity, self.batch, *self.row(part)))
-        heads, width = self.row(part)
-        return tensor_view(memory, start, self.dtype, (self.batch, heads, capacity, width)).permute(2, 0, 1, 3)
-
     def quantized(self, part: int, rows: torch.Tensor) -> Quantized:
         """The parts of keys or values in groups, (tokens, batch, *row), all views."""
         fmt, heads = self.formats[part], (self.key, self.value)[part]
@@ -160,6 +154,12 @@ class CellShape:
         return Quantized(packed, scales, minima, (*rows.shape[:-1], *heads))
 
     # ---------------------------------------------------------------------------------------------------------- inside
+    def _view(self, memory: torch.Tensor, start: int, capacity: int, part: int, by_heads: bool) -> torch.Tensor:
+        if not by_heads:
+            return tensor_view(memory, start, self.dtype, (capacity, self.batch, *self.row(part)))
+        heads, width = self.row(part)
+        return tensor_view(memory, start, self.dtype, (self.batch, heads, capacity, width)).permute(2, 0, 1, 3)
+
     @functools.cached_property
     def _rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.dtype is not torch.uint8:

@@ -68,10 +68,8 @@ class TileCast:
         return max(1, (_SMALL_TILE_BYTES if rows <= _FEW_ROWS else TILE_BYTES) // row_bytes)
 
     def _tile(self, size: int, like: Tensor) -> Tensor:
-        held = self._buffer
-        if held is None or held.dtype != like.dtype or held.device != like.device or held.numel() < size:
-            held = self._buffer = like.new_empty(size)
-        return held[:size]
+        self._buffer = _at_least(self._buffer, size, like)
+        return self._buffer[:size]
 
 
 class TileDequantize:
@@ -153,9 +151,8 @@ class TileDequantize:
 
     def _tile(self, number: int, like: Tensor, count: int) -> Tensor:
         """A tile of so many rows of the given length, in the buffer of a share."""
-        size, held = count * like.shape[1], self._buffers.get(number)
-        if held is None or held.dtype != like.dtype or held.numel() < size:
-            held = self._buffers[number] = like.new_empty(size)
+        size = count * like.shape[1]
+        held = self._buffers[number] = _at_least(self._buffers.get(number), size, like)
         return held[:size].view(count, like.shape[1])
 
     def _started_pool(self, threads: int) -> concurrent.futures.ThreadPoolExecutor:
@@ -163,6 +160,13 @@ class TileDequantize:
             self.release()
             self._pool = concurrent.futures.ThreadPoolExecutor(threads, "flexgen-tiles", _alone)
         return self._pool
+
+
+def _at_least(held: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """A buffer of at least so many elements of the type and device of `like`: the one that is held, if it will do."""
+    if held is None or held.dtype != like.dtype or held.device != like.device or held.numel() < size:
+        return like.new_empty(size)
+    return held
 
 
 def _alone() -> None:

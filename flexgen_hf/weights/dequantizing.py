@@ -60,8 +60,7 @@ class Dequantizer:
         else:
             part = rows_at(extent, len(rows), *source)
             if not self._space.is_direct:
-                sizes = [round_up(len(rows) * extent.row_bytes(each), 64) for each in extent.parts]
-                places = list(itertools.accumulate(sizes[:-1], initial=0))
+                places = list(itertools.accumulate(_parts_sizes(extent, len(rows))[:-1], initial=0))
                 arrived = rows_at(extent, len(rows), self.arrived.bytes, places)
                 for there, here in zip(_tensors(arrived), _tensors(part), strict=True):
                     self._space.copy(there, here)
@@ -78,7 +77,11 @@ class Dequantizer:
 
 def parts_bytes(extent: QuantizedExtent, rows: int) -> int:
     """Room for the parts of so many rows, one after the other."""
-    return sum(round_up(rows * extent.row_bytes(part), 64) for part in extent.parts)
+    return sum(_parts_sizes(extent, rows))
+
+
+def _parts_sizes(extent: QuantizedExtent, rows: int) -> list[int]:
+    return [round_up(rows * extent.row_bytes(part), 64) for part in extent.parts]
 
 
 def rows_at(extent: QuantizedExtent, count: int, memory: torch.Tensor, at: Sequence[int]) -> Quantized:

@@ -25,6 +25,7 @@ __all__ = [
     "as_quantized",
     "load_ours",
     "load_plain",
+    "matrices",
     "put",
     "quantized_in",
     "ragged",
@@ -81,6 +82,11 @@ def load_ours(folder: Path, policy: Policy | str = THREE_TIERS, **options: Any) 
     """The model as this package loads it; spill files go into the checkpoint's parent folder."""
     options = {"offload_folder": Path(folder).parent / "offload", **options}
     return FlexGenForCausalLM.from_pretrained(folder, policy=policy, **options)
+
+
+def matrices(model: Any) -> list[str]:
+    """Names of what is quantized of an OPT or a Mixtral if nothing else is asked for."""
+    return [n for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1 and ".gate." not in n]
 
 
 def as_quantized(plain: Any, formats: Mapping[str, GroupFormat]) -> Any:

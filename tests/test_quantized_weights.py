@@ -25,6 +25,7 @@ from .comparison import (
     as_quantized,
     load_ours,
     load_plain,
+    matrices,
     put,
     quantized_in,
     ragged,
@@ -49,11 +50,6 @@ def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("store")
     convert(folder, out, compression=FOUR)
     return out
-
-
-def matrices(model: Any) -> list[str]:
-    """Names of what is quantized of an OPT or a Mixtral if nothing else is asked for."""
-    return [n for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1 and ".gate." not in n]
 
 
 def oracle(folder: Path, bits: int = 4, other: Mapping[str, int | None] = MappingProxyType({})) -> Any:

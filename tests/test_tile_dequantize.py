@@ -15,7 +15,7 @@ from flexgen_hf.quantization import dispatch
 from flexgen_hf.quantization.groupwise import GroupFormat
 from flexgen_hf.tiles import TileDequantize
 
-from .comparison import GREEDY, as_quantized, load_plain, ragged, same_tokens, save_tiny
+from .comparison import GREEDY, as_quantized, load_plain, matrices, ragged, same_tokens, save_tiny
 from .tiny import batch, flexgen_threads, greedy, load, write_tiny_opt
 
 FOUR = Compression(weights=4, group_size=32)
@@ -97,10 +97,6 @@ def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(folder: Path) -> Any:
     model = load_plain(folder, dtype=torch.float32).eval()
     return as_quantized(model, dict.fromkeys(matrices(model), GroupFormat(4, 32)))
-
-
-def matrices(model: Any) -> list[str]:
-    return [n for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1 and ".gate." not in n]
 
 
 @pytest.mark.parametrize("weights", ["0 0", "0 100", "100 0", "30 30"])

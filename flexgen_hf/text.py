@@ -6,6 +6,7 @@ Works with any Hugging Face causal language model; knows nothing of tiers or pol
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["complete", "dtype_of_compute", "load_tokenizer"]
@@ -25,7 +26,7 @@ def load_tokenizer(source: str, **hub_options: Any) -> Any:
     """The tokenizer of a model, ready for batches of prompts of different lengths.
 
     Args:
-        source: Hub id, model folder or store.
+        source: Hub id, model folder, store, or GGUF file.
         hub_options: what `AutoTokenizer.from_pretrained` takes: `revision`, `token`, ...
 
     Returns:
@@ -34,6 +35,8 @@ def load_tokenizer(source: str, **hub_options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if source.endswith(".gguf") and Path(source).is_file():
+        source, hub_options = str(Path(source).parent), {**hub_options, "gguf_file": Path(source).name}
     tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left", **hub_options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

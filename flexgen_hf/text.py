@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["complete", "dtype_of_compute", "load_tokenizer"]
+__all__ = ["complete", "dtype_of_compute", "load_tokenizer", "named_file"]
 
 
 def dtype_of_compute() -> str:
@@ -35,12 +35,18 @@ def load_tokenizer(source: str, **hub_options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if source.endswith(".gguf") and Path(source).is_file():
-        source, hub_options = str(Path(source).parent), {**hub_options, "gguf_file": Path(source).name}
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left", **hub_options)
+    folder, options = named_file(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left", **options, **hub_options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def named_file(source: str) -> tuple[str, dict[str, str]]:
+    """What transformers calls a source: of a GGUF file its folder, and the option that names it."""
+    path = Path(source)
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    return (str(path.parent), {"gguf_file": path.name}) if is_gguf else (source, {})
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], **generation: Any) -> list[str]:

@@ -143,18 +143,18 @@ class TestTheRealModel:
 
     @pytest.mark.parametrize(
         ("percents", "block"),
-        [("100 0 100 0 100 0", (7, 1)), ("0 0 0 0 0 0", (1, 3)), ("30 40 40 30 30 40", (2, 2))],
+        [("100 0 100 0 100 0", (7, 1)), ("0 0 0 0 0 0", (2, 4)), ("30 40 40 30 30 40", (3, 2))],
         ids=["everything on the device", "everything on disk", "three tiers"],
     )
     def test_the_same_text_under_three_policies(self, smollm2, plain, tmp_path, percents, block):
         prompts = list(demo._STORY_PROMPTS)
         tokenizer = load_tokenizer(str(smollm2))
-        want = complete(plain, tokenizer, prompts, max_new_tokens=16, do_sample=False)
+        want = complete(plain, tokenizer, prompts, max_new_tokens=10, do_sample=False)
         policy = Policy.parse(percents, batch_size=block[0], num_batches=block[1])
         with FlexGenForCausalLM.from_pretrained(
             smollm2, policy=policy, offload_folder=tmp_path, dtype="float32"
         ) as ours:
-            assert complete(ours, tokenizer, prompts, max_new_tokens=16, do_sample=False) == want
+            assert complete(ours, tokenizer, prompts, max_new_tokens=10, do_sample=False) == want
         assert len(set(want)) == len(want)
         assert "Paris" in want[0]
 

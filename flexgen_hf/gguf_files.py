@@ -76,6 +76,10 @@ def index_gguf(model: Any, file: Path) -> dict[str, CheckpointTensor]:
     """
     refuse_missing_reader()
     reader = _reader(file)
+    if (parts := _field(file, "split.count") or 1) > 1:
+        raise UnsupportedModelError(
+            f"{file} is one of {parts} parts, which transformers does not read; join them with llama-gguf-split --merge"
+        )
     rules = _Rules.of(model, file)
     sources: dict[str, list[Any]] = defaultdict(list)
     strange = []

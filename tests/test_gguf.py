@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write_gguf(file: Path, case: str, kind: str = "Q8_0", without: str = "none", tokens: int = 96) -> Path:
+def write_gguf(file: Path, case: str, kind: str = "Q8_0", without: str = "none", parts: int = 0) -> Path:
     """Random weights in a GGUF file, its matrices of type `kind` where their rows are long enough for its blocks."""
     architecture, fields = CASES[case]
     config = AutoConfig.for_model(**fields)
@@ -48,7 +48,9 @@ def write_gguf(file: Path, case: str, kind: str = "Q8_0", without: str = "none",
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("made up")
     _add_shape(writer, config, architecture)
-    _add_tokenizer(writer, tokens)
+    _add_tokenizer(writer, config.vocab_size)
+    if parts:
+        writer.add_uint16("split.count", parts)
     layers = config.num_hidden_layers
     names = gguf.get_tensor_name_map(
         next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), layers
@@ -249,6 +251,12 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
     for act in (lambda: load_ours(file), lambda: convert(file, tmp_path / "store")):
         with pytest.raises(StoreError, match=r"lacks 1 of \d+ tensors .*layers\.1\.mlp\.up_proj"):
             act()
+
+
+def test_a_file_in_parts(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny-00001-of-00002.gguf", "llama", parts=2)
+    with pytest.raises(UnsupportedModelError, match=r"one of 2 parts.*llama-gguf-split --merge"):
+        load_ours(file)
 
 
 def test_a_type_that_nothing_reads(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

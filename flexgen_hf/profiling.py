@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import itertools
+import os
 import platform
 import shutil
 import time
@@ -110,6 +111,8 @@ class _Measuring:
             transfer_s=self._transfer_s(),
             compute_s=self._compute_s(),
             sweep_s=self._sweep_s(),
+            cores=_cores() if direct else 0,
+            threads=torch.get_num_threads(),
         )
         fields = made.to_dict().keys() - {"format_version", "name", "unified", "direct", "sources"}
         return Hardware.from_dict({**made.to_dict(), "sources": dict.fromkeys(sorted(fields), how)})
@@ -249,6 +252,11 @@ class _Measuring:
                 torch.accelerator.synchronize(self._device)
             best, runs = min(best, time.perf_counter() - started), runs + 1
         return max(best, 1e-9)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 #: moves so many bytes at an offset

@@ -24,13 +24,15 @@ NUMBERS = {f.name for f in dataclasses.fields(Hardware)} - {
     "sources",
     "cached_read",
     "cached_write",
+    "cores",
+    "threads",
 }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_number_of_a_preset_has_a_source(name: str) -> None:
     hardware = PRESETS[name]
-    measured = {field for field in ("cached_read", "cached_write") if getattr(hardware, field) is not None}
+    measured = {field for field in ("cached_read", "cached_write", "cores", "threads") if field in hardware.sources}
     assert {field for field, text in hardware.sources.items() if len(text) > 10} == NUMBERS | measured
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,14 +41,16 @@ class Workload:
         prompt_len: tokens of each prompt.
         gen_len: tokens written after each.
         num_prompts: how many prompts there are; None for as many as a block takes.
+        lengths: tokens of each prompt without its padding, where they are known: the first ones are those of a block.
 
     Raises:
-        PolicyError: a number below 1.
+        PolicyError: a number below 1, or a prompt that is longer than they are said to be.
     """
 
     prompt_len: int
     gen_len: int
     num_prompts: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("prompt_len", "gen_len", "num_prompts"):
@@ -56,6 +59,21 @@ class Workload:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PolicyError(f"workload: {field}={value!r} must be a whole number of at least 1")
+        if self.lengths and not 1 <= min(self.lengths) <= max(self.lengths) <= self.prompt_len:
+            raise PolicyError(f"workload: lengths are not all from 1 to prompt_len={self.prompt_len}")
+
+    def paddings(self, batches: Sequence[int]) -> list[int]:
+        """Columns on the left that are padding in all rows of a micro-batch, prompts being in order of their lengths.
+
+        Args:
+            batches: rows of each micro-batch.
+        """
+        rows = sum(batches)
+        if len(batches) == 1 or len(self.lengths) < rows:
+            return [0] * len(batches)
+        lengths = sorted(self.lengths[:rows], reverse=True)
+        firsts = itertools.accumulate(batches[:-1], initial=0)
+        return [self.prompt_len - lengths[first] for first in firsts]
 
 
 class Sweep(NamedTuple):
@@ -108,6 +126,11 @@ class Prediction:
         return max(self.prefill_lanes, key=lambda lane: self.prefill_lanes[lane])
 
     @property
+    def decode_bottleneck(self) -> Lane:
+        """The lane that is busiest afterwards."""
+        return max(self.decode_lanes, key=lambda lane: self.decode_lanes[lane])
+
+    @property
     def bottleneck(self) -> Lane:
         """The lane that is busiest in all."""
         return max(Lane, key=lambda lane: self.prefill_lanes[lane] + self.decode_lanes[lane])
@@ -141,6 +164,7 @@ class PlannedRun:
         self.rings = rings_of(policy)
         self.call = call_of(policy, workload)
         self.batches = self.call.batches(policy)
+        self.paddings = workload.paddings(self.batches)
         sizes = shape.sizes(policy.compression, direct=self.direct)
         self.casts, self._attends_kept = sizes.kept_key_bytes is not None, sizes.attends_kept
         self._max_pieces = pieces
@@ -216,11 +240,19 @@ class PlannedRun:
             return self._computed(stage, batch, sweep)
         if what is What.WEIGHTS:
             return self._weights_s(lane, stage, piece)
+        sweep = self.without_padding(sweep, self.paddings[batch])
         if what is What.CACHE:
             return self.cell_s(
                 lane, self.shape.layers[stage - 1], self.batches[batch], self.cells[stage - 1, batch], sweep
             )
         return self.hidden_s(lane, self.batches[batch], sweep)
+
+    @staticmethod
+    def without_padding(sweep: Sweep, padding: int) -> Sweep:
+        """What of a sweep a micro-batch computes, and what of it is in its cells."""
+        if not padding:
+            return sweep
+        return Sweep(sweep.tokens, sweep.past - padding) if sweep.past else Sweep(sweep.tokens - padding, 0)
 
     def _weights_s(self, lane: Lane, stage: int, piece: int) -> float:
         moved = self.layout.stages[stage][piece]
@@ -262,6 +294,8 @@ class PlannedRun:
         return elements / self.hardware.pack_elements_per_s
 
     def _computed(self, stage: int, batch: int, sweep: Sweep) -> float:
+        if batch >= 0:
+            sweep = self.without_padding(sweep, self.paddings[batch])
         if stage == 0:
             return self.embedding_s(self.batches[batch], sweep)
         if stage == len(self.shape.layers) + 1:
@@ -322,12 +356,14 @@ class PlannedRun:
     def lanes(self, sweep: Sweep) -> Lanes:
         """Seconds at work of each lane in one sweep."""
         lanes = self.weight_lanes(is_first=not sweep.past)
-        for (stage, rows, home), count in self._kinds_of_cells.items():
-            for lane, seconds in self.cell_lanes(stage, rows, home, sweep).items():
+        for (stage, rows, padding, home), count in self._kinds_of_cells.items():
+            own = self.without_padding(sweep, padding)
+            for lane, seconds in self.cell_lanes(stage, rows, home, own).items():
                 lanes[lane] += count * seconds
-        for rows, home in zip(self.batches, self.hidden, strict=True):
-            lanes[Lane.COMPUTE] += self.embedding_s(rows, sweep)
-            for lane, seconds in self.hidden_lanes(rows, home, sweep).items():
+        for rows, padding, home in zip(self.batches, self.paddings, self.hidden, strict=True):
+            own = self.without_padding(sweep, padding)
+            lanes[Lane.COMPUTE] += self.embedding_s(rows, own)
+            for lane, seconds in self.hidden_lanes(rows, home, own).items():
                 lanes[lane] += seconds
         lanes[Lane.COMPUTE] += self.head_s()
         return lanes
@@ -358,11 +394,12 @@ class PlannedRun:
         return {lane: between * self.hidden_s(lane, rows, sweep) for lane in _crossed(self.hidden_route(home))}
 
     @functools.cached_property
-    def _kinds_of_cells(self) -> dict[tuple[int, int, Tier], int]:
+    def _kinds_of_cells(self) -> dict[tuple[int, int, int, Tier], int]:
         """How many cells there are of each kind; layers that are alike stand for each other."""
         numbers = self.kinds_of_layers
         return collections.Counter(
-            (numbers[layer], self.batches[batch], home) for (layer, batch), home in self.cells.items()
+            (numbers[layer], self.batches[batch], self.paddings[batch], home)
+            for (layer, batch), home in self.cells.items()
         )
 
     @functools.cached_property

@@ -59,6 +59,10 @@ class Curve:
                 return round(math.exp(math.log(slow) + share * math.log(fast / slow)), 6)
         return points[-1][1]
 
+    def at_most(self, speed: float) -> Curve:
+        """The same curve with no point above a speed."""
+        return Curve(tuple((size, min(own, speed)) for size, own in self.points))
+
     @property
     def best(self) -> float:
         """The highest speed."""
@@ -98,6 +102,9 @@ class Hardware:
         transfer_s: of a transfer, beside what it moves.
         compute_s: of a layer of one micro-batch, beside its products.
         sweep_s: of a sweep, for what happens between two: choosing tokens, masks.
+        cores: of the processor, which compute and lanes that cast or unpack share; 0 where lanes take no time of
+            compute's.
+        threads: of compute, with which this was measured; of interest where there are `cores`.
         sources: where each number is from.
 
     Raises:
@@ -127,6 +134,8 @@ class Hardware:
     transfer_s: float = 0.0
     compute_s: float = 0.0
     sweep_s: float = 0.0
+    cores: int = 0
+    threads: int = 1
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,7 +146,7 @@ class Hardware:
                     object.__setattr__(self, field.name, _curve(value, field.name))
             elif field.name in _MAY_BE_ZERO:
                 _number(value, field.name)
-            elif field.name.endswith(("_bytes", "_flops", "_per_s")) and field.name != "matmul_flops":
+            elif field.name.endswith(("_bytes", "_flops", "_per_s", "threads")) and field.name != "matmul_flops":
                 _positive(value, field.name)
         object.__setattr__(self, "matmul_flops", _curves_of_types(self.matmul_flops))
         if not isinstance(self.sources, Mapping):
@@ -152,6 +161,12 @@ class Hardware:
         """The speed of a lane that moves bytes, by bytes of a transfer."""
         curve: Curve = getattr(self, lane.value)
         return curve
+
+    def cores_of(self, lane: Lane) -> int:
+        """Cores that a lane at work keeps busy, of those that all share: a transfer from or to the disk nearly none."""
+        if not self.cores or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
+            return 0
+        return min(self.threads, self.cores) if lane is Lane.COMPUTE else 1
 
     def matmul(self, dtype: str, rows: float) -> float:
         """Floating-point operations per second of a product with so many rows; of an unknown type, the slowest's."""
@@ -178,6 +193,13 @@ class Hardware:
             device_bytes=limits.get(Tier.DEVICE, self.device_bytes),
             host_bytes=shared if shared is not None else host,
             disk_bytes=limits.get(Tier.DISK, self.disk_bytes),
+        )
+
+    def with_disk_limit(self, read_bytes_per_s: float | None, write_bytes_per_s: float | None) -> Hardware:
+        """The machine with a disk that is no faster than this; None is no limit."""
+        limits = {"disk_to_host": read_bytes_per_s, "host_to_disk": write_bytes_per_s}
+        return dataclasses.replace(
+            self, **{name: getattr(self, name).at_most(speed) for name, speed in limits.items() if speed is not None}
         )
 
     # ------------------------------------------------------------------------------------------------------- as JSON
@@ -246,7 +268,7 @@ class Hardware:
 _CURVES = (
     "disk_to_host", "host_to_disk", "host_to_device", "device_to_host", "cached_read", "cached_write",
 )  # fmt: skip
-_MAY_BE_ZERO = ("host_attention_bytes_per_s", "transfer_s", "compute_s", "sweep_s")
+_MAY_BE_ZERO = ("host_attention_bytes_per_s", "transfer_s", "compute_s", "sweep_s", "cores")
 
 
 def _is_required(field: Any) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from flexgen_hf import PolicyError, StoreError, profiling
+from flexgen_hf import PolicyError, StoreError, profiled_compute
 from flexgen_hf.cli import app
 from flexgen_hf.planning.cost import Workload
 from flexgen_hf.planning.hardware import Hardware
@@ -20,20 +22,34 @@ from .test_planner import SMALL
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_SECONDS", 0.0)
+    monkeypatch.setattr(profiled_compute, "_SECONDS", 0.0)
+    monkeypatch.setattr(profiled_compute, "_BEYOND_CACHE", 1 << 25)
+    monkeypatch.setattr(profiled_compute, "_ROWS", (1, 16))
 
 
-def test_a_machine_is_measured_and_planned_for(tmp_path: Path) -> None:
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Those of torch, which the test may change."""
+    given = torch.get_num_threads()
+    yield given
+    torch.set_num_threads(given)
+
+
+def test_a_machine_is_measured_and_planned_for(tmp_path: Path, threads: int) -> None:
     folder, file = tmp_path / "disk", tmp_path / "machine.json"
     result = CliRunner().invoke(
         app,
-        ["profile", "--device", "cpu", "--offload-folder", str(folder), "--output", str(file)],
+        ["profile", "--device", "cpu", "--offload-folder", str(folder), "--output", str(file), "--threads", "1"],
         catch_exceptions=False,
     )
     assert result.exit_code == 0, result.output
     hardware = Hardware.load(file)
     assert hardware.direct
     assert hardware.cached_read is not None
+    assert hardware.cast_flops is not None
+    assert hardware.packed_flops is not None
+    assert hardware.threads == 1
+    assert hardware.cores >= 1
     assert set(hardware.sources) >= NUMBERS
     assert list(folder.iterdir()) == []
     made = plan(ModelShape.from_config(SMALL).in_dtype("float32"), hardware, Workload(16, 4, 8))

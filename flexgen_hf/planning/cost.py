@@ -29,6 +29,14 @@ __all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "limits_of"
 #: seconds of each lane
 Lanes = dict[Lane, float]
 
+# Results of a token in a layer, of its hidden size: two norms, queries (scaled), keys, values, attention (put in
+# order), two projections, two sums; and of its inner size: the first product and its activation.
+_RESULTS = 12
+_INNER_RESULTS = 2
+
+# Logits are cast or copied to float32 and read for the largest.
+_LOGITS_PASSES = 3
+
 # What embeds a micro-batch's tokens goes through their states a few times.
 _EMBEDDING_PASSES = 4
 
@@ -305,23 +313,65 @@ class PlannedRun:
     def embedding_s(self, rows: int, sweep: Sweep) -> float:
         """The embedding of a micro-batch."""
         size = rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize
-        return self.hardware.compute_s / 4 + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
+        return (
+            self.hardware.forward_s or self.hardware.compute_s / 4
+        ) + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
 
     def head_s(self) -> float:
         """The head for the last token of all rows."""
         table, rows = self.shape.head.elements, sum(self.batches)
-        late = self.layout.late[0 if self.shape.tied else -1]
-        return self._product_s(table, table, rows) + late / self.hardware.upcast_bytes_per_s
+        late = self.layout.late[0 if self.shape.tied else -1] / self.shape.stored_itemsize
+        return self._products_s(table, table, rows, late)
 
     def layer_s(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> float:
         """A decoder layer for a micro-batch whose cell has this home."""
         layer, tokens = self.shape.layers[stage - 1], rows * sweep.tokens
-        products = self._product_s(layer.used_elements, layer.touched_elements(tokens), tokens)
-        late = self.layout.late[stage] / self.hardware.upcast_bytes_per_s
-        late += self._unpacked_s(self.layout.late_unpacked[stage])
-        work = products + late + self.attention_s(layer, rows, home, sweep)
+        late = self.layout.late[stage] / self.shape.stored_itemsize
+        products = self._products_s(
+            layer.used_elements, layer.touched_elements(tokens), tokens, late, self.layout.late_unpacked[stage]
+        )
+        work = products + self._passes_s(tokens) + self.attention_s(layer, rows, home, sweep)
         # what a CPU's thread does beside its products takes time of its own; a device is told ahead what to do next
         return work + self.hardware.compute_s if self.direct else max(work, self.hardware.compute_s)
+
+    @property
+    def between_s(self) -> float:
+        """What happens between two sweeps: a copy of the logits is looked through for the next tokens."""
+        size = sum(self.batches) * self.shape.vocab_size * 4
+        return self.hardware.sweep_s + _LOGITS_PASSES * size / self.hardware.memory_bytes_per_s
+
+    def _products_s(self, used: float, touched: float, rows: int, late: float, packed: float = 0.0) -> float:
+        """Products of so many rows with matrices, some of which are made tile by tile for it.
+
+        Args:
+            used: elements that a row is multiplied with.
+            touched: elements that are read.
+            rows: how many there are.
+            late: elements that are kept in another type than that of compute.
+            packed: elements that are kept in few bits.
+        """
+        near = max(0.0, 1.0 - (late + packed) / touched) if touched else 1.0
+        seconds = self._product_s(used * near, touched * near, rows)
+        for elements, tiled, made_s in (
+            (late, self.hardware.cast_flops, late * self.shape.stored_itemsize / self.hardware.upcast_bytes_per_s),
+            (packed, self.hardware.packed_flops, self._unpacked_s(packed) / self.hardware.threads),
+        ):
+            share = min(1.0, elements / touched) if touched else 0.0
+            if tiled is not None and self.shape.dtype == "float32":
+                seconds += 2.0 * used * share * rows / tiled.at(rows)
+            else:
+                seconds += made_s + self._product_s(used * share, touched * share, rows)
+        return seconds
+
+    def _passes_s(self, tokens: int) -> float:
+        """What of a layer goes through hidden states element by element, each result into new memory."""
+        speed = self.hardware.element_bytes_per_s
+        if speed is None:
+            return 0.0
+        width = self.shape.sizes(self.policy.compression, direct=self.direct).inner_size
+        results = _RESULTS * self.shape.hidden_size + _INNER_RESULTS * width
+        size = tokens * self.shape.itemsize
+        return 2.0 * results * size / speed.at(size * self.shape.hidden_size)
 
     def _product_s(self, used: float, touched: float, rows: int) -> float:
         """Products of so many rows with matrices: no faster than these are read."""
@@ -339,7 +389,8 @@ class PlannedRun:
             return max(computed, seen * self.shape.itemsize / self.hardware.attention_bytes_per_s)
         if self._attends_kept:  # products are hidden behind unpacking
             added = self.shape.cache_elements(rows * sweep.tokens)
-            return max(computed, self._repacked_s(seen, is_load=True)) + self._repacked_s(added, is_load=False)
+            speed = self.hardware.packed_attention_elements_per_s or self.hardware.unpack_elements_per_s
+            return max(computed, seen / speed) + self._repacked_s(added, is_load=False)
         crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
         there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
         unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0
@@ -442,15 +493,20 @@ def limits_of(hardware: Hardware) -> list[Limit]:
 
 
 def predict(run: PlannedRun) -> Prediction:
-    """In closed form: in each sweep the busiest lane hides all others, or without overlap they add up."""
+    """In closed form: in each sweep the busiest lane hides all others, or the cores that they share are busiest.
+
+    Without overlap, seconds add up.
+    """
     prefill, decode = run.sweeps()
     steps = run.workload.gen_len - 1
     of_prefill = run.lanes(prefill)
     of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
     combine: Callable[[Lanes], float] = (
-        (lambda lanes: max(lanes.values())) if run.policy.overlap else (lambda lanes: sum(lanes.values()))
+        (lambda lanes: max(*lanes.values(), run.hardware.shared_s(lanes)))
+        if run.policy.overlap
+        else (lambda lanes: sum(lanes.values()))
     )
-    between = run.hardware.sweep_s
+    between = run.between_s
     return Prediction(
         prefill_s=combine(of_prefill) + between,
         decode_s=combine(of_decode) + steps * between,

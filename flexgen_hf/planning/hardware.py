@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -94,13 +95,20 @@ class Hardware:
         attention_flops: products of attention over a prompt, on the device.
         attention_bytes_per_s: keys and values that attention of single tokens goes through on the device.
         host_attention_bytes_per_s: the same on the host; 0 if that is not known.
-        upcast_bytes_per_s: 16-bit weights that are cast for compute in 32 bit.
+        upcast_bytes_per_s: 16-bit weights that are cast for compute in 32 bit, by a lane.
         unpack_elements_per_s: elements of 4 bits that are unpacked where compute is.
         pack_elements_per_s: elements that are packed into 4 bits there.
+        cast_flops: products in 32 bit with 16-bit matrices, cast tile by tile for it, by rows; None if it is not known.
+        packed_flops: the same with matrices in 4 bits.
+        packed_attention_elements_per_s: keys and values in 4 bits that attention of single tokens goes through; 0 if
+            that is not known.
+        element_bytes_per_s: read and written where hidden states are gone through element by element and each result
+            is put into new memory, by the bytes of a result; None if it is not known.
         cached_read: reads from the page cache, for comparison; None if it was not measured.
         cached_write: writes into it.
         transfer_s: of a transfer, beside what it moves.
         compute_s: of a layer of one micro-batch, beside its products.
+        forward_s: of a micro-batch in a sweep, beside its layers; 0 if that is not known.
         sweep_s: of a sweep, for what happens between two: choosing tokens, masks.
         cores: of the processor, which compute and lanes that cast or unpack share; 0 where lanes take no time of
             compute's.
@@ -127,12 +135,17 @@ class Hardware:
     upcast_bytes_per_s: float
     unpack_elements_per_s: float
     pack_elements_per_s: float
+    cast_flops: Curve | None = None
+    packed_flops: Curve | None = None
+    packed_attention_elements_per_s: float = 0.0
+    element_bytes_per_s: Curve | None = None
     unified: bool = False
     direct: bool = False
     cached_read: Curve | None = None
     cached_write: Curve | None = None
     transfer_s: float = 0.0
     compute_s: float = 0.0
+    forward_s: float = 0.0
     sweep_s: float = 0.0
     cores: int = 0
     threads: int = 1
@@ -167,6 +180,19 @@ class Hardware:
         if not self.cores or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
             return 0
         return min(self.threads, self.cores) if lane is Lane.COMPUTE else 1
+
+    @functools.cached_property
+    def parts_of_cores(self) -> dict[Lane, float]:
+        """The part of the cores that each lane at work keeps busy; nothing where lanes share none."""
+        return {lane: self.cores_of(lane) / self.cores for lane in Lane} if self.cores else {}
+
+    def shared_s(self, seconds: Mapping[Lane, float]) -> float:
+        """The shortest time in which the cores can do all that lanes want of them.
+
+        Args:
+            seconds: of each lane alone.
+        """
+        return sum(part * seconds[lane] for lane, part in self.parts_of_cores.items())
 
     def matmul(self, dtype: str, rows: float) -> float:
         """Floating-point operations per second of a product with so many rows; of an unknown type, the slowest's."""
@@ -267,8 +293,12 @@ class Hardware:
 
 _CURVES = (
     "disk_to_host", "host_to_disk", "host_to_device", "device_to_host", "cached_read", "cached_write",
+    "cast_flops", "packed_flops", "element_bytes_per_s",
 )  # fmt: skip
-_MAY_BE_ZERO = ("host_attention_bytes_per_s", "transfer_s", "compute_s", "sweep_s", "cores")
+_MAY_BE_ZERO = (
+    "host_attention_bytes_per_s", "transfer_s", "compute_s", "forward_s", "sweep_s", "cores",
+    "packed_attention_elements_per_s",
+)  # fmt: skip
 
 
 def _is_required(field: Any) -> bool:

@@ -349,7 +349,8 @@ class Planner:
             bytes_of=functools.partial(self._linear_bytes, run),
             limits=self.limits,
             rows=sum(run.batches),
-            overhead_s=self.hardware.sweep_s * self.workload.gen_len,
+            overhead_s=run.between_s * self.workload.gen_len,
+            cores_of=self.hardware.parts_of_cores,
         )
 
     def _linear_lanes(self, run: PlannedRun, sweep: Sweep) -> dict[tuple[str, Tier], Lanes]:

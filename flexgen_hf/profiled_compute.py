@@ -1,0 +1,241 @@
+"""Measures how fast a device computes what a model's layers consist of, with the engine's own tiles and kernels.
+
+What is larger than a processor's cache when a model runs is so here too: matrices, keys and values are gone through
+several in turn. Knows no disk, no links and no `Hardware`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .cell_layout import CellShape
+from .planning.hardware import Curve
+from .policy import Compression
+from .quantization import dispatch
+from .quantization.groupwise import GroupFormat, Quantized
+from .storage.lanes import Lanes
+from .storage.workspace import Workspace
+from .tiles import TileCast, TileDequantize
+
+__all__ = ["Compute", "best_of"]
+
+_MIB = 1 << 20
+
+# A product is slower than its matrix is read for few rows, and not faster for more than the last ones.
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+_WIDTH = 2048
+
+# So many bytes are gone through before anything comes again: more than a cache holds.
+_BEYOND_CACHE = 128 * _MIB
+
+# Each thing is measured for so long, and at least twice.
+_SECONDS = 0.3
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+_FORMAT = GroupFormat(4, 64)
+
+# of a model whose products take no time
+_TINY: Mapping[str, Any] = {
+    "hidden_size": 64, "ffn_dim": 256, "num_attention_heads": 4, "vocab_size": 128, "word_embed_proj_dim": 64,
+}  # fmt: skip
+_LAYERS = (2, 6)
+
+
+def best_of(work: Callable[[], Any], device: torch.device, *, is_asynchronous: bool = False) -> float:
+    """The shortest time of several, in seconds: what disturbs a run only makes it slower."""
+    best, until, runs = float("inf"), time.perf_counter() + _SECONDS, 0
+    while runs < 2 or time.perf_counter() < until:
+        started = time.perf_counter()
+        work()
+        if is_asynchronous:
+            torch.accelerator.synchronize(device)
+        best, runs = min(best, time.perf_counter() - started), runs + 1
+    return max(best, 1e-9)
+
+
+class Compute:
+    """The measurements of one device.
+
+    Args:
+        space: where to compute.
+    """
+
+    def __init__(self, space: Workspace) -> None:
+        self._space, self._device = space, space.device
+        self._best = functools.partial(best_of, device=space.device, is_asynchronous=space.is_asynchronous)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That in which this device is usually computed on."""
+        return torch.float32 if self._space.is_direct else torch.float16
+
+    # --------------------------------------------------------------------------------------------------------- products
+    def products(self) -> dict[str, Curve]:
+        """FLOP/s of products by rows, for each type of element."""
+        return {name: self._curve(self._matrices(dtype), functional.linear, dtype) for name, dtype in _DTYPES.items()}
+
+    def cast_products(self) -> Curve:
+        """FLOP/s of products in float32 with matrices in float16, tile by tile."""
+        tiles = TileCast()
+        return self._curve(
+            self._matrices(torch.float16), lambda x, weight: tiles.linear(x, weight, None), torch.float32
+        )
+
+    def packed_products(self) -> Curve:
+        """FLOP/s of products in float32 with matrices in 4 bits, tile by tile."""
+        tiles = TileDequantize()
+        try:
+            return self._curve(self._packed(), lambda x, weight: tiles.linear(x, weight, _FORMAT, None), torch.float32)
+        finally:
+            tiles.release()
+
+    def _curve(self, matrices: Sequence[Any], multiply: Callable[[Any, Any], Any], dtype: torch.dtype) -> Curve:
+        turns = itertools.cycle(matrices)
+        points = []
+        for rows in _ROWS:
+            x = torch.ones(rows, _WIDTH, dtype=dtype, device=self._device)
+            seconds = self._mean(lambda x=x: multiply(x, next(turns)), len(matrices))  # type: ignore[misc]
+            points.append((rows, 2.0 * rows * _WIDTH**2 / seconds))
+        return Curve(tuple(points))
+
+    def _mean(self, work: Callable[[], Any], count: int) -> float:
+        """Seconds of one of so many in a row; of what takes long, of fewer."""
+        once = self._best(work)
+        if once * count > _SECONDS:
+            return once
+        return self._best(lambda: [work() for _ in range(count)]) / count
+
+    def _matrices(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        first = torch.randn(_WIDTH, _WIDTH, device=self._device).to(dtype)
+        return [first, *(first.clone() for _ in range(_BEYOND_CACHE // first.nbytes - 1))]
+
+    def _packed(self) -> list[Quantized]:
+        weight = torch.randn(_WIDTH, _WIDTH, device=self._device)
+        made = dispatch.quantize(weight, _FORMAT, threads=torch.get_num_threads())
+        count = _BEYOND_CACHE // 2 // made.codes.nbytes
+        return [
+            Quantized(made.codes.clone(), made.scales.clone(), made.minima.clone(), made.shape) for _ in range(count)
+        ]
+
+    # -------------------------------------------------------------------------------------------------------- attention
+    def attention_flops(self) -> float:
+        """Of prompts that are padded, as far as the products are of use."""
+        rows, tokens, heads, dim = 4, 256, 16, 64
+        x = torch.ones(rows, heads, tokens, dim, dtype=self.dtype, device=self._device)
+        mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=self._device).tril()
+        seconds = self._best(lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+        return 2.0 * rows * heads * tokens**2 * dim / seconds
+
+    def attended_bytes_per_s(self, device: torch.device) -> float:
+        """Keys and values that a single query of each row goes through."""
+        rows, tokens, heads, dim = 8, 256, 16, 64
+        first = torch.ones(rows, heads, tokens, dim, dtype=self.dtype, device=device)
+        cells = [(first.clone(), first.clone()) for _ in range(_BEYOND_CACHE // 2 // first.nbytes)]
+        turns, query = itertools.cycle(cells), first[:, :, :1]
+        mask = torch.ones(rows, 1, 1, tokens, dtype=torch.bool, device=device)
+        seconds = self._mean(
+            lambda: functional.scaled_dot_product_attention(query, *next(turns), attn_mask=mask), len(cells)
+        )
+        return 2 * first.nbytes / seconds
+
+    def packed_attention_elements_per_s(self) -> float:
+        """Keys and values in 4 bits that a single query of each row goes through; 0 where there is no kernel for it."""
+        rows, tokens, heads, dim = 8, 256, 16, 64
+        shape = CellShape(rows, (heads, dim), (heads, dim), torch.float32, Compression(cache=4))
+        memory = torch.zeros(shape.nbytes(tokens), dtype=torch.uint8)
+        keys, values = shape.views(memory, tokens)
+        kept = shape.quantized(0, keys), shape.quantized(1, values)
+        query, bias = torch.ones(rows, heads, dim), torch.zeros(rows, tokens + 1)
+        attend = functools.partial(
+            dispatch.attend, query, (query, query), kept, shape.formats, bias, torch.get_num_threads()
+        )
+        if attend() is None:
+            return 0.0
+        return 2.0 * rows * tokens * heads * dim / self._best(attend)
+
+    # -------------------------------------------------------------------------------------------------- what lanes do
+    def cast_bytes_per_s(self) -> float:
+        """Bytes in float16 that a lane casts to float32."""
+        source = torch.zeros(_BEYOND_CACHE // 4, dtype=torch.float16, device=self._device)
+        target = torch.zeros(source.numel(), dtype=torch.float32, device=self._device)
+        return source.nbytes / self._in_lane(lambda: target.copy_(source))
+
+    def packing(self) -> tuple[float, float]:
+        """Elements per second that a lane unpacks, and packs."""
+        states = torch.randn(_WIDTH, _WIDTH, device=self._device).to(self.dtype)
+        packed = dispatch.quantize(states, _FORMAT)
+        unpack = self._in_lane(lambda: dispatch.dequantize(packed, _FORMAT, out=states))
+        pack = self._in_lane(lambda: dispatch.quantize(states, _FORMAT))
+        return states.numel() / unpack, states.numel() / pack
+
+    def _in_lane(self, work: Callable[[], Any]) -> float:
+        """Seconds of work in a thread that moves data."""
+        found: list[float] = []
+
+        def measured() -> int:
+            found.append(self._best(work))
+            return 0
+
+        threads = torch.get_num_threads()
+        with Lanes(["one"], around=self._space.in_lane) as lanes:
+            lanes.submit("one", "measuring", measured).wait()
+        torch.set_num_threads(threads)  # torch gives the last number set to threads that come later
+        return found[0]
+
+    # -------------------------------------------------------------------------------------------------- memory, Python
+    def element_bytes_per_s(self) -> Curve:
+        """Read and written where each element is looked at once and the result is put into new memory."""
+        points = []
+        for size in (64 << 10, 1 * _MIB, 4 * _MIB, 16 * _MIB):
+            x = torch.ones(size // self.dtype.itemsize, dtype=self.dtype, device=self._device)
+            points.append((size, 2 * size / self._best(functools.partial(functional.relu, x))))
+        return Curve(tuple(points))
+
+    def overheads(self) -> tuple[float, float, float]:
+        """Seconds of a layer, and of the rest of a forward, whose products take none; and of `generate` between two.
+
+        Of transformers' own code, on a model with few layers and one with more.
+        """
+        few, many = (_tiny_model(layers, self._device) for layers in _LAYERS)
+        of_few, of_many = self._forward_s(few), self._forward_s(many)
+        layer = max(1e-6, (of_many - of_few) / (_LAYERS[1] - _LAYERS[0]))
+        rest = max(layer / 4, of_few - _LAYERS[0] * layer)
+        short, long = (self._best(functools.partial(self._generate, few, tokens)) for tokens in (8, 24))
+        return layer, rest, max(0.0, (long - short) / 16 - of_few)
+
+    def _forward_s(self, model: Any) -> float:
+        from transformers import DynamicCache
+
+        token = torch.ones(1, 1, dtype=torch.long, device=self._device)
+        with torch.no_grad():
+            cache = model(token.repeat(1, 8), use_cache=True, past_key_values=DynamicCache()).past_key_values
+
+            def step() -> None:
+                mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=self._device)
+                model(token, attention_mask=mask, use_cache=True, past_key_values=cache, logits_to_keep=1)
+                cache.crop(-1)
+
+            return self._best(step)
+
+    def _generate(self, model: Any, tokens: int) -> None:
+        prompt = torch.ones(1, 8, dtype=torch.long, device=self._device)
+        mask = torch.ones_like(prompt)
+        model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens,
+                       do_sample=False, pad_token_id=1)  # fmt: skip
+
+
+def _tiny_model(layers: int, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, eos_token_id=None, **_TINY)
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model.to(device).eval()

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from .cell_layout import CellShape
 from .planning.hardware import Curve
+from .planning.schedule import Lane
 from .policy import Compression
 from .quantization import dispatch
 from .quantization.groupwise import GroupFormat, Quantized
@@ -24,7 +27,7 @@ from .storage.lanes import Lanes
 from .storage.workspace import Workspace
 from .tiles import TileCast, TileDequantize
 
-__all__ = ["Compute", "best_of"]
+__all__ = ["Compute", "Overheads", "best_of"]
 
 _MIB = 1 << 20
 
@@ -48,6 +51,7 @@ _TINY: Mapping[str, Any] = {
     "hidden_size": 64, "ffn_dim": 256, "num_attention_heads": 4, "vocab_size": 128, "word_embed_proj_dim": 64,
 }  # fmt: skip
 _LAYERS = (2, 6)
+_BATCHES, _TOKENS = 8, 16
 
 
 def best_of(work: Callable[[], Any], device: torch.device, *, is_asynchronous: bool = False) -> float:
@@ -135,10 +139,17 @@ class Compute:
         seconds = self._best(lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=mask))
         return 2.0 * rows * heads * tokens**2 * dim / seconds
 
-    def attended_bytes_per_s(self, device: torch.device) -> float:
-        """Keys and values that a single query of each row goes through."""
+    def attended_bytes_per_s(self, device: torch.device, *, by_heads: bool = True) -> float:
+        """Keys and values that a single query of each row goes through.
+
+        Args:
+            device: where they are.
+            by_heads: a head's tokens lie one after the other, not those of all heads and rows.
+        """
         rows, tokens, heads, dim = 8, 256, 16, 64
         first = torch.ones(rows, heads, tokens, dim, dtype=self.dtype, device=device)
+        if not by_heads:
+            first = first.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
         cells = [(first.clone(), first.clone()) for _ in range(_BEYOND_CACHE // 2 // first.nbytes)]
         turns, query = itertools.cycle(cells), first[:, :, :1]
         mask = torch.ones(rows, 1, 1, tokens, dtype=torch.bool, device=device)
@@ -200,42 +211,90 @@ class Compute:
             points.append((size, 2 * size / self._best(functools.partial(functional.relu, x))))
         return Curve(tuple(points))
 
-    def overheads(self) -> tuple[float, float, float]:
-        """Seconds of a layer, and of the rest of a forward, whose products take none; and of `generate` between two.
+    def overheads(self, folder: Path) -> Overheads:
+        """What the engine's own steps take beside products.
 
-        Of transformers' own code, on a model with few layers and one with more.
+        On tiny models, with more and fewer layers and micro-batches, and with weights that stay and weights that are
+        brought.
+
+        Args:
+            folder: for the models, for as long as this takes.
         """
-        few, many = (_tiny_model(layers, self._device) for layers in _LAYERS)
-        of_few, of_many = self._forward_s(few), self._forward_s(many)
-        layer = max(1e-6, (of_many - of_few) / (_LAYERS[1] - _LAYERS[0]))
-        rest = max(layer / 4, of_few - _LAYERS[0] * layer)
-        short, long = (self._best(functools.partial(self._generate, few, tokens)) for tokens in (8, 24))
-        return layer, rest, max(0.0, (long - short) / 16 - of_few)
+        few, many = _LAYERS
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = {layers: _tiny_checkpoint(Path(place) / str(layers), layers) for layers in _LAYERS}
+            alone, block, deep = (
+                self._times(made[layers], batches, "device")
+                for layers, batches in ((few, 1), (few, _BATCHES), (many, _BATCHES))
+            )
+            brought, deeper = (self._times(made[layers], 1, "disk") for layers in _LAYERS)
+        layer = max(1e-6, (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES))
+        forward = max(layer / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
+        return Overheads(
+            layer_s=layer,
+            stage_s=max(0.0, (deeper.compute_s - brought.compute_s) / (many - few) - layer),
+            forward_s=forward,
+            sweep_s=max(0.0, alone.sweep_s - few * layer - forward) + alone.between_s,
+        )
 
-    def _forward_s(self, model: Any) -> float:
-        from transformers import DynamicCache
+    def _times(self, model_folder: Path, batches: int, weights: str) -> _Times:
+        """The shortest of several of each, for a token of each of so many micro-batches of one row."""
+        from . import FlexGenForCausalLM
 
-        token = torch.ones(1, 1, dtype=torch.long, device=self._device)
-        with torch.no_grad():
-            cache = model(token.repeat(1, 8), use_cache=True, past_key_values=DynamicCache()).past_key_values
+        policy = {"weights": {weights: 1.0}, "cache": {"device": 1.0}, "hidden": {"device": 1.0}}
+        prompts = torch.ones(batches, 8, dtype=torch.long, device=self._device)
+        times, until = list[_Times](), time.perf_counter() + _SECONDS
+        with FlexGenForCausalLM.from_pretrained(
+            str(model_folder),
+            policy={**policy, "batch_size": 1, "num_batches": batches},
+            offload_folder=str(model_folder),
+            device=str(self._device),
+            dtype=str(self.dtype).removeprefix("torch."),
+        ) as model:
+            while len(times) < 2 or time.perf_counter() < until:
+                model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=_TOKENS,
+                               min_new_tokens=_TOKENS, do_sample=False, pad_token_id=1)  # fmt: skip
+                times.append(_Times.of(model.last_run))
+        return _Times(*map(min, zip(*times, strict=True)))
 
-            def step() -> None:
-                mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=self._device)
-                model(token, attention_mask=mask, use_cache=True, past_key_values=cache, logits_to_keep=1)
-                cache.crop(-1)
 
-            return self._best(step)
+class Overheads(NamedTuple):
+    """Seconds beside products, as `Hardware` has them.
 
-    def _generate(self, model: Any, tokens: int) -> None:
-        prompt = torch.ones(1, 8, dtype=torch.long, device=self._device)
-        mask = torch.ones_like(prompt)
-        model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens,
-                       do_sample=False, pad_token_id=1)  # fmt: skip
+    Args:
+        layer_s: of a layer of one micro-batch.
+        stage_s: of a layer whose weights were brought, before its first micro-batch.
+        forward_s: of the rest of a micro-batch's forward.
+        sweep_s: of the rest of a sweep, and between two.
+    """
+
+    layer_s: float
+    stage_s: float
+    forward_s: float
+    sweep_s: float
 
 
-def _tiny_model(layers: int, device: torch.device) -> Any:
+class _Times(NamedTuple):
+    """Seconds of the shortest decode sweep of a run, those of compute in it, and between two sweeps."""
+
+    sweep_s: float
+    compute_s: float
+    between_s: float
+
+    @classmethod
+    def of(cls, report: Any) -> _Times:
+        sweeps = [sweep for sweep in report.sweeps if not sweep.is_prefill]
+        return cls(
+            min(sweep.seconds for sweep in sweeps),
+            min(sweep.lanes[Lane.COMPUTE.value].busy_s for sweep in sweeps),
+            (report.elapsed_s - report.prefill_s - report.decode_s) / len(report.sweeps),
+        )
+
+
+def _tiny_checkpoint(folder: Path, layers: int) -> Path:
     from transformers import AutoModelForCausalLM, OPTConfig
 
-    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, eos_token_id=None, **_TINY)
+    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, **_TINY)
     model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return model.to(device).eval()
+    model.save_pretrained(folder)
+    return folder

@@ -48,7 +48,7 @@ def measure(device: torch.device, folder: Path, said: Callable[[str], None] = la
 
     Args:
         device: where models compute.
-        folder: of the disk tier; a file of 64 MiB without a name lives in it meanwhile.
+        folder: of the disk tier; a file of 64 MiB without a name and two tiny models live in it meanwhile.
         said: called with what is measured next.
 
     Raises:
@@ -85,7 +85,7 @@ class _Measuring:
         self._said("attention and quantization")
         unpacked, packed = compute.packing()
         self._said("overheads")
-        layer_s, forward_s, sweep_s = compute.overheads()
+        beside = compute.overheads(self._space.folder)
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         how = f"measured by flexgen-hf profile on {today}, torch {torch.__version__}"
         made = Hardware(
@@ -103,6 +103,7 @@ class _Measuring:
             memory_bytes_per_s=2 * copied.points[-1][1],  # smaller ones stay in a cache
             attention_flops=compute.attention_flops(),
             attention_bytes_per_s=compute.attended_bytes_per_s(self._device),
+            moved_attention_bytes_per_s=compute.attended_bytes_per_s(self._device, by_heads=False),
             host_attention_bytes_per_s=0.0 if direct else compute.attended_bytes_per_s(torch.device("cpu")),
             upcast_bytes_per_s=compute.cast_bytes_per_s(),
             unpack_elements_per_s=unpacked,
@@ -114,9 +115,10 @@ class _Measuring:
             unified=direct,
             direct=direct,
             transfer_s=self._transfer_s(),
-            compute_s=layer_s,
-            forward_s=forward_s,
-            sweep_s=sweep_s,
+            compute_s=beside.layer_s,
+            stage_s=beside.stage_s,
+            forward_s=beside.forward_s,
+            sweep_s=beside.sweep_s,
             cores=_cores() if direct else 0,
             threads=torch.get_num_threads(),
         )

@@ -191,15 +191,15 @@ class Drawing:
 
 
 def drawn(ground: Ground, drawing: Drawing, hardware: Hardware) -> list[Case]:
-    """Policies at random: models, compressions and disk limits in turn, all else by chance.
+    """Policies at random: each model with each compression and disk limit in turn, all else by chance.
 
     Raises:
         CapacityError: too few of them fit, or take a time within bounds.
     """
     rng, made, draws = random.Random(ground.seed), dict[str, Case](), 0  # noqa: S311  no secret
-    frames = itertools.cycle(
-        itertools.product(ground.compressions, ground.subjects, ground.disk_limits),
-    )
+    kinds = list(itertools.product(ground.compressions, ground.subjects, ground.disk_limits))
+    rng.shuffle(kinds)
+    frames = itertools.cycle(kinds)
     while len(made) < drawing.count:
         compression, subject, rate = next(frames)
         for _ in range(_MOST_DRAWS // 40):
@@ -288,7 +288,7 @@ def chosen(ground: Ground, hardware: Hardware) -> Case:
     """
     [subject], [rate] = ground.subjects, ground.disk_limits
     asked = subject.job.workload
-    workload = Planned(asked.prompt_len, asked.new_tokens, asked.rows)
+    workload = Planned(asked.prompt_len, asked.new_tokens, asked.rows, asked.lengths)
     freedom = Freedom(compressions=tuple(ground.compressions), host_attention=False)
     made = Planner(subject.shape, subject.machine(hardware, rate), workload, freedom).plan()
     return Case(subject, made.policy, rate, "chosen")

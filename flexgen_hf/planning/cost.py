@@ -308,7 +308,8 @@ class PlannedRun:
             return self.embedding_s(self.batches[batch], sweep)
         if stage == len(self.shape.layers) + 1:
             return self.head_s()
-        return self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
+        begun = self.hardware.stage_s if batch == 0 and self.layout.stages[stage] else 0.0
+        return begun + self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
 
     def embedding_s(self, rows: int, sweep: Sweep) -> float:
         """The embedding of a micro-batch."""
@@ -364,12 +365,13 @@ class PlannedRun:
         return seconds
 
     def _passes_s(self, tokens: int) -> float:
-        """What of a layer goes through hidden states element by element, each result into new memory."""
+        """What of a layer goes through hidden states element by element, results into new memory, and cells."""
         speed = self.hardware.element_bytes_per_s
         if speed is None:
             return 0.0
         width = self.shape.sizes(self.policy.compression, direct=self.direct).inner_size
-        results = _RESULTS * self.shape.hidden_size + _INNER_RESULTS * width
+        kept = self.shape.cache_elements(1)
+        results = _RESULTS * self.shape.hidden_size + _INNER_RESULTS * width + kept
         size = tokens * self.shape.itemsize
         return 2.0 * results * size / speed.at(size * self.shape.hidden_size)
 
@@ -386,7 +388,9 @@ class PlannedRun:
             return computed
         seen = rows * self.shape.cache_elements(layer.attended(sweep.past + sweep.tokens))
         if not self.stays(home):
-            return max(computed, seen * self.shape.itemsize / self.hardware.attention_bytes_per_s)
+            is_moved = self.casts or home is Tier.DISK or (not self.direct and home is Tier.HOST)
+            speed = self.hardware.moved_attention_bytes_per_s if is_moved else 0.0
+            return max(computed, seen * self.shape.itemsize / (speed or self.hardware.attention_bytes_per_s))
         if self._attends_kept:  # products are hidden behind unpacking
             added = self.shape.cache_elements(rows * sweep.tokens)
             speed = self.hardware.packed_attention_elements_per_s or self.hardware.unpack_elements_per_s
@@ -422,6 +426,7 @@ class PlannedRun:
     def weight_lanes(self, *, is_first: bool) -> Lanes:
         """Seconds of each lane for all weights; a table that embedding and head share only in the first sweep."""
         lanes = dict.fromkeys(Lane, 0.0)
+        lanes[Lane.COMPUTE] = self.hardware.stage_s * sum(map(bool, self.layout.stages[1:-1]))
         skipped = 1 if self.shape.tied and not is_first else 0
         for stage, pieces in list(enumerate(self.layout.stages))[skipped:]:
             for piece, count in collections.Counter(pieces).items():

@@ -94,6 +94,8 @@ class Hardware:
         memory_bytes_per_s: the device's own memory.
         attention_flops: products of attention over a prompt, on the device.
         attention_bytes_per_s: keys and values that attention of single tokens goes through on the device.
+        moved_attention_bytes_per_s: the same of cells that are not kept where and as they are attended to, which lie
+            token by token; 0 if that is not known.
         host_attention_bytes_per_s: the same on the host; 0 if that is not known.
         upcast_bytes_per_s: 16-bit weights that are cast for compute in 32 bit, by a lane.
         unpack_elements_per_s: elements of 4 bits that are unpacked where compute is.
@@ -108,6 +110,7 @@ class Hardware:
         cached_write: writes into it.
         transfer_s: of a transfer, beside what it moves.
         compute_s: of a layer of one micro-batch, beside its products.
+        stage_s: of a layer whose weights were brought, before its first micro-batch; 0 if that is not known.
         forward_s: of a micro-batch in a sweep, beside its layers; 0 if that is not known.
         sweep_s: of a sweep, for what happens between two: choosing tokens, masks.
         cores: of the processor, which compute and lanes that cast or unpack share; 0 where lanes take no time of
@@ -137,6 +140,7 @@ class Hardware:
     pack_elements_per_s: float
     cast_flops: Curve | None = None
     packed_flops: Curve | None = None
+    moved_attention_bytes_per_s: float = 0.0
     packed_attention_elements_per_s: float = 0.0
     element_bytes_per_s: Curve | None = None
     unified: bool = False
@@ -145,6 +149,7 @@ class Hardware:
     cached_write: Curve | None = None
     transfer_s: float = 0.0
     compute_s: float = 0.0
+    stage_s: float = 0.0
     forward_s: float = 0.0
     sweep_s: float = 0.0
     cores: int = 0
@@ -296,8 +301,8 @@ _CURVES = (
     "cast_flops", "packed_flops", "element_bytes_per_s",
 )  # fmt: skip
 _MAY_BE_ZERO = (
-    "host_attention_bytes_per_s", "transfer_s", "compute_s", "forward_s", "sweep_s", "cores",
-    "packed_attention_elements_per_s",
+    "host_attention_bytes_per_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
+    "packed_attention_elements_per_s", "moved_attention_bytes_per_s",
 )  # fmt: skip
 
 

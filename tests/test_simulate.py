@@ -158,8 +158,7 @@ def test_lanes_that_take_cores_share_them() -> None:
     seconds = {}
     for threads in (0, 1, 2):
         hardware = dataclasses.replace(alone, cores=2 if threads else 0, threads=max(1, threads))
-        run = large(policy, "cpu2")
-        run.hardware = hardware
+        run = PlannedRun(large(policy).shape.in_dtype("float32"), hardware, policy, Workload(128, 16))
         seconds[threads] = simulate(run).decode_s
         lanes = run.lanes(Sweep(1, 128))
         assert lanes[Lane.HOST_TO_DEVICE] > 0
@@ -167,7 +166,7 @@ def test_lanes_that_take_cores_share_them() -> None:
         assert seconds[threads] >= 0.9 * predict(run).decode_s
         assert seconds[threads] <= 1.02 * (15 * (sum(lanes.values()) + run.between_s))
     assert seconds[0] == pytest.approx(seconds[1])  # two cores for two threads
-    assert seconds[2] > 1.1 * seconds[0]
+    assert seconds[2] > 1.05 * seconds[0]
 
 
 def large(policy: Policy, hardware: str = "t4", gen_len: int = 16, name: str = "opt") -> PlannedRun:

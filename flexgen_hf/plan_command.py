@@ -17,7 +17,7 @@ from .planning.cost import Prediction, Workload
 from .planning.hardware import Hardware
 from .planning.original import PUBLISHED, Comparison, compare
 from .planning.presets import hardware_of, preset
-from .planning.search import OBJECTIVES, Freedom, Plan, Planner
+from .planning.search import COMPRESSIONS, OBJECTIVES, Freedom, Plan, Planner
 from .planning.shape import ModelShape, read_config
 from .policy import Compression, Policy, Tier
 
@@ -160,7 +160,7 @@ def compressions_of(text: str) -> tuple[Compression, ...]:
         PolicyError: something else.
     """
     if text == "any":
-        return (Compression(), Compression(cache=4), Compression(weights=4), Compression(weights=4, cache=4))
+        return COMPRESSIONS
     return (Compression.of(None if text == "none" else text),)
 
 

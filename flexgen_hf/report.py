@@ -16,7 +16,7 @@ from .policy import Policy, Tier
 from .storage.lanes import Event, LaneUse
 from .storage.ledger import gib
 
-__all__ = ["LaneWork", "RunReport", "RunningSweep", "SweepRecord", "peak_rss_bytes"]
+__all__ = ["LaneWork", "RunReport", "RunningSweep", "SweepRecord", "peak_rss_bytes", "rss_bytes"]
 
 # `to_dict` is stored with every measurement, and a night's job has very many sweeps.
 _LISTED_SWEEPS = 1000
@@ -335,13 +335,26 @@ def _lane(work: LaneWork, seconds: float) -> dict[str, Any]:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process ever had resident; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    if status.exists():  # better than getrusage, whose peak begins with that of the process that started this one
-        lines = status.read_text().splitlines()
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
+    found = _of_status("VmHWM")
+    if found is not None:  # better than getrusage, whose peak begins with that of the process that started this one
+        return found
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """The memory that this process has resident now; 0 where the system does not say."""
+    return _of_status("VmRSS") or 0
+
+
+def _of_status(field: str) -> int | None:
+    """Bytes by Linux' account of this process; None on other systems."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = status.read_text().splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:")), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
 from flexgen_hf.bench.shapes import write_random_checkpoint
 from flexgen_hf.planning.budget import PINNED_BYTES
 from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
-from flexgen_hf.planning.hardware import Hardware
+from flexgen_hf.planning.hardware import Hardware, constant
 from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.schedule import Lane
 from flexgen_hf.planning.shape import ModelShape, read_config
@@ -106,6 +107,37 @@ def test_compression_trades_bytes_for_unpacking() -> None:
 
 def test_a_block_is_no_larger_than_the_work() -> None:
     assert run(Policy(batch_size=8, num_batches=4), workload=Workload(8, 2, 13)).batches == [8, 5]
+
+
+def test_micro_batches_leave_padding_out() -> None:
+    workload = Workload(128, 32, lengths=(128, 70, 64, 100, 90, 80))
+    assert workload.paddings([2, 2, 2]) == [0, 128 - 90, 128 - 70]
+    assert workload.paddings([6]) == [0]
+    assert workload.paddings([4, 4]) == [0, 0]  # more rows than is known of
+    policy = Policy.parse("0 100 0 0 100 0", batch_size=2, num_batches=3)
+    ragged, equal = (run(policy, workload=w) for w in (workload, Workload(128, 32)))
+    for sweep in (Sweep(128, 0), Sweep(1, 128)):
+        saved = {
+            lane: ragged.lanes(sweep)[lane] / equal.lanes(sweep)[lane] for lane in (Lane.HOST_TO_DISK, Lane.COMPUTE)
+        }
+        assert saved[Lane.COMPUTE] <= 1
+        assert saved[Lane.HOST_TO_DISK] == pytest.approx(1 if sweep.past else (128 + 90 + 70) / 3 / 128, rel=0.05)
+    assert ragged.peak_bytes == equal.peak_bytes
+
+
+def test_tiles_cost_what_was_measured_of_them() -> None:
+    policy = Policy.parse("0 0 0 100 0 100", batch_size=8, compression=Compression(weights=4))
+    shape = ModelShape.from_config(OPT).in_dtype("float32")
+    plain = preset("cpu2")
+    tiled = dataclasses.replace(plain, packed_flops=constant(1e9), cast_flops=constant(2e9))
+    packed, cast = (
+        PlannedRun(shape, tiled, p, Workload(128, 32)) for p in (policy, policy.replace(compression=Compression()))
+    )
+    flops = 2 * 8 * 12 * 2048**2
+    around = plain.compute_s + packed.attention_s(shape.layers[0], 8, Tier.HOST, Sweep(1, 1))
+    assert packed.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == pytest.approx(flops / 1e9 + around, rel=0.01)
+    assert cast.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == pytest.approx(flops / 2e9 + around, rel=0.01)
+    assert cast.head_s() == pytest.approx(2 * 8 * 2048 * 50272 / 2e9, rel=0.01)
 
 
 def test_a_speed_that_is_not_known_is_refused() -> None:

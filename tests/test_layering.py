@@ -28,7 +28,9 @@ ROWS = (
     {"checkpoints"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "quality", "bench", "apps", "integrations", "profiling", "plots"},
+    {"profiled_compute"},
+    {"profiling"},
+    {"text", "quality", "bench", "apps", "integrations", "plots"},
     {"demo", "plan_command", "profile_command"},
     {"cli"},
 )

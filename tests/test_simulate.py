@@ -151,6 +151,24 @@ def test_the_clock_keeps_to_what_the_steps_say(policy: Policy, new: int) -> None
     assert list(timeline.ends) == sorted(timeline.ends)
 
 
+def test_lanes_that_take_cores_share_them() -> None:
+    """Casts and products take longer side by side than alone, and never longer than one after the other."""
+    alone = preset("cpu2")
+    policy = Policy.parse("0 100 0 100 0 100", batch_size=4, num_batches=4)
+    seconds = {}
+    for threads in (0, 1, 2):
+        hardware = dataclasses.replace(alone, cores=2 if threads else 0, threads=max(1, threads))
+        run = PlannedRun(large(policy).shape.in_dtype("float32"), hardware, policy, Workload(128, 16))
+        seconds[threads] = simulate(run).decode_s
+        lanes = run.lanes(Sweep(1, 128))
+        assert lanes[Lane.HOST_TO_DEVICE] > 0
+        assert seconds[threads] >= 0.99 * 15 * hardware.shared_s(lanes)
+        assert seconds[threads] >= 0.9 * predict(run).decode_s
+        assert seconds[threads] <= 1.02 * (15 * (sum(lanes.values()) + run.between_s))
+    assert seconds[0] == pytest.approx(seconds[1])  # two cores for two threads
+    assert seconds[2] > 1.05 * seconds[0]
+
+
 def large(policy: Policy, hardware: str = "t4", gen_len: int = 16, name: str = "opt") -> PlannedRun:
     fields = {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "vocab_size": 50272}
     return PlannedRun(ModelShape.from_config(fields), preset(hardware), policy, Workload(128, gen_len))

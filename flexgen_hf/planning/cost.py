@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,14 @@ __all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "crossed", 
 #: seconds of each lane
 Lanes = dict[Lane, float]
 
+# Results of a token in a layer, of its hidden size: two norms, queries (scaled), keys, values, attention (put in
+# order), two projections, two sums; and of its inner size: the first product and its activation.
+_RESULTS = 12
+_INNER_RESULTS = 2
+
+# Logits are cast or copied to float32 and read for the largest.
+_LOGITS_PASSES = 3
+
 # What embeds a micro-batch's tokens goes through their states a few times.
 _EMBEDDING_PASSES = 4
 
@@ -42,14 +51,16 @@ class Workload:
         prompt_len: tokens of each prompt.
         gen_len: tokens written after each.
         num_prompts: how many prompts there are; None for as many as a block takes.
+        lengths: tokens of each prompt without its padding, where they are known: the first ones are those of a block.
 
     Raises:
-        PolicyError: a number below 1.
+        PolicyError: a number below 1, or a prompt that is longer than they are said to be.
     """
 
     prompt_len: int
     gen_len: int
     num_prompts: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("prompt_len", "gen_len", "num_prompts"):
@@ -58,6 +69,21 @@ class Workload:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PolicyError(f"workload: {field}={value!r} must be a whole number of at least 1")
+        if self.lengths and not 1 <= min(self.lengths) <= max(self.lengths) <= self.prompt_len:
+            raise PolicyError(f"workload: lengths are not all from 1 to prompt_len={self.prompt_len}")
+
+    def paddings(self, batches: Sequence[int]) -> list[int]:
+        """Columns on the left that are padding in all rows of a micro-batch, prompts being in order of their lengths.
+
+        Args:
+            batches: rows of each micro-batch.
+        """
+        rows = sum(batches)
+        if len(batches) == 1 or len(self.lengths) < rows:
+            return [0] * len(batches)
+        lengths = sorted(self.lengths[:rows], reverse=True)
+        firsts = itertools.accumulate(batches[:-1], initial=0)
+        return [self.prompt_len - lengths[first] for first in firsts]
 
 
 class Sweep(NamedTuple):
@@ -110,6 +136,11 @@ class Prediction:
         return max(self.prefill_lanes, key=lambda lane: self.prefill_lanes[lane])
 
     @property
+    def decode_bottleneck(self) -> Lane:
+        """The lane that is busiest afterwards."""
+        return max(self.decode_lanes, key=lambda lane: self.decode_lanes[lane])
+
+    @property
     def bottleneck(self) -> Lane:
         """The lane that is busiest in all."""
         return max(Lane, key=lambda lane: self.prefill_lanes[lane] + self.decode_lanes[lane])
@@ -143,6 +174,7 @@ class PlannedRun:
         self.rings = rings_of(policy)
         self.call = call_of(policy, workload)
         self.batches = self.call.batches(policy)
+        self.paddings = workload.paddings(self.batches)
         sizes = shape.sizes(policy.compression, direct=self.direct)
         self.casts, self._attends_kept = sizes.kept_key_bytes is not None, sizes.attends_kept
         self._max_pieces = pieces
@@ -218,11 +250,19 @@ class PlannedRun:
             return self._computed(stage, batch, sweep)
         if what is What.WEIGHTS:
             return self._weights_s(lane, stage, piece)
+        sweep = self.without_padding(sweep, self.paddings[batch])
         if what is What.CACHE:
             return self.cell_s(
                 lane, self.shape.layers[stage - 1], self.batches[batch], self.cells[stage - 1, batch], sweep
             )
         return self.hidden_s(lane, self.batches[batch], sweep)
+
+    @staticmethod
+    def without_padding(sweep: Sweep, padding: int) -> Sweep:
+        """What of a sweep a micro-batch computes, and what of it is in its cells."""
+        if not padding:
+            return sweep
+        return Sweep(sweep.tokens, sweep.past - padding) if sweep.past else Sweep(sweep.tokens - padding, 0)
 
     def _weights_s(self, lane: Lane, stage: int, piece: int) -> float:
         moved = self.layout.stages[stage][piece]
@@ -272,32 +312,78 @@ class PlannedRun:
         return elements / self.hardware.pack_elements_per_s
 
     def _computed(self, stage: int, batch: int, sweep: Sweep) -> float:
+        if batch >= 0:
+            sweep = self.without_padding(sweep, self.paddings[batch])
         if stage == 0:
             return self.embedding_s(self.batches[batch], sweep)
         if stage == len(self.shape.layers) + 1:
             return self.head_s()
-        return self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
+        begun = self.hardware.stage_s if batch == 0 and self.layout.stages[stage] else 0.0
+        return begun + self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
 
     def embedding_s(self, rows: int, sweep: Sweep) -> float:
         """The embedding of a micro-batch."""
         size = rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize
-        return self.hardware.compute_s / 4 + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
+        return (
+            self.hardware.forward_s or self.hardware.compute_s / 4
+        ) + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
 
     def head_s(self) -> float:
         """The head for the last token of all rows."""
         table, rows = self.shape.head.elements, sum(self.batches)
-        late = self.layout.late[0 if self.shape.tied else -1]
-        return self._product_s(table, table, rows) + late / self.hardware.upcast_bytes_per_s
+        late = self.layout.late[0 if self.shape.tied else -1] / self.shape.stored_itemsize
+        return self._products_s(table, table, rows, late)
 
     def layer_s(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> float:
         """A decoder layer for a micro-batch whose cell has this home."""
         layer, tokens = self.shape.layers[stage - 1], rows * sweep.tokens
-        products = self._product_s(layer.used_elements, layer.touched_elements(tokens), tokens)
-        late = self.layout.late[stage] / self.hardware.upcast_bytes_per_s
-        late += self._unpacked_s(self.layout.late_unpacked[stage])
-        work = products + late + self.attention_s(layer, rows, home, sweep)
+        late = self.layout.late[stage] / self.shape.stored_itemsize
+        products = self._products_s(
+            layer.used_elements, layer.touched_elements(tokens), tokens, late, self.layout.late_unpacked[stage]
+        )
+        work = products + self._passes_s(tokens) + self.attention_s(layer, rows, home, sweep)
         # what a CPU's thread does beside its products takes time of its own; a device is told ahead what to do next
         return work + self.hardware.compute_s if self.direct else max(work, self.hardware.compute_s)
+
+    @property
+    def between_s(self) -> float:
+        """What happens between two sweeps: a copy of the logits is looked through for the next tokens."""
+        size = sum(self.batches) * self.shape.vocab_size * 4
+        return self.hardware.sweep_s + _LOGITS_PASSES * size / self.hardware.memory_bytes_per_s
+
+    def _products_s(self, used: float, touched: float, rows: int, late: float, packed: float = 0.0) -> float:
+        """Products of so many rows with matrices, some of which are made tile by tile for it.
+
+        Args:
+            used: elements that a row is multiplied with.
+            touched: elements that are read.
+            rows: how many there are.
+            late: elements that are kept in another type than that of compute.
+            packed: elements that are kept in few bits.
+        """
+        near = max(0.0, 1.0 - (late + packed) / touched) if touched else 1.0
+        seconds = self._product_s(used * near, touched * near, rows)
+        for elements, tiled, made_s in (
+            (late, self.hardware.cast_flops, late * self.shape.stored_itemsize / self.hardware.upcast_bytes_per_s),
+            (packed, self.hardware.packed_flops, self._unpacked_s(packed) / self.hardware.threads),
+        ):
+            share = min(1.0, elements / touched) if touched else 0.0
+            if tiled is not None and self.shape.dtype == "float32":
+                seconds += 2.0 * used * share * rows / tiled.at(rows)
+            else:
+                seconds += made_s + self._product_s(used * share, touched * share, rows)
+        return seconds
+
+    def _passes_s(self, tokens: int) -> float:
+        """What of a layer goes through hidden states element by element, results into new memory, and cells."""
+        speed = self.hardware.element_bytes_per_s
+        if speed is None:
+            return 0.0
+        width = self.shape.sizes(self.policy.compression, direct=self.direct).inner_size
+        kept = self.shape.cache_elements(1)
+        results = _RESULTS * self.shape.hidden_size + _INNER_RESULTS * width + kept
+        size = tokens * self.shape.itemsize
+        return 2.0 * results * size / speed.at(size * self.shape.hidden_size)
 
     def _product_s(self, used: float, touched: float, rows: int) -> float:
         """Products of so many rows with matrices: no faster than these are read."""
@@ -312,10 +398,13 @@ class PlannedRun:
             return computed
         seen = rows * self.shape.cache_elements(layer.attended(sweep.past + sweep.tokens))
         if not self.stays(home):
-            return max(computed, seen * self.shape.itemsize / self.hardware.attention_bytes_per_s)
+            is_moved = self.casts or home is Tier.DISK or (not self.direct and home is Tier.HOST)
+            speed = self.hardware.moved_attention_bytes_per_s if is_moved else 0.0
+            return max(computed, seen * self.shape.itemsize / (speed or self.hardware.attention_bytes_per_s))
         if self._attends_kept:  # products are hidden behind unpacking
             added = self.shape.cache_elements(rows * sweep.tokens)
-            return max(computed, self._repacked_s(seen, is_load=True)) + self._repacked_s(added, is_load=False)
+            speed = self.hardware.packed_attention_elements_per_s or self.hardware.unpack_elements_per_s
+            return max(computed, seen / speed) + self._repacked_s(added, is_load=False)
         crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
         there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
         unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0
@@ -332,12 +421,14 @@ class PlannedRun:
     def lanes(self, sweep: Sweep) -> Lanes:
         """Seconds at work of each lane in one sweep."""
         lanes = self.weight_lanes(is_first=not sweep.past)
-        for (stage, rows, home), count in self._kinds_of_cells.items():
-            for lane, seconds in self.cell_lanes(stage, rows, home, sweep).items():
+        for (stage, rows, padding, home), count in self._kinds_of_cells.items():
+            own = self.without_padding(sweep, padding)
+            for lane, seconds in self.cell_lanes(stage, rows, home, own).items():
                 lanes[lane] += count * seconds
-        for rows, home in zip(self.batches, self.hidden, strict=True):
-            lanes[Lane.COMPUTE] += self.embedding_s(rows, sweep)
-            for lane, seconds in self.hidden_lanes(rows, home, sweep).items():
+        for rows, padding, home in zip(self.batches, self.paddings, self.hidden, strict=True):
+            own = self.without_padding(sweep, padding)
+            lanes[Lane.COMPUTE] += self.embedding_s(rows, own)
+            for lane, seconds in self.hidden_lanes(rows, home, own).items():
                 lanes[lane] += seconds
         lanes[Lane.COMPUTE] += self.head_s()
         return lanes
@@ -345,6 +436,7 @@ class PlannedRun:
     def weight_lanes(self, *, is_first: bool) -> Lanes:
         """Seconds of each lane for all weights; a table that embedding and head share only in the first sweep."""
         lanes = dict.fromkeys(Lane, 0.0)
+        lanes[Lane.COMPUTE] = self.hardware.stage_s * sum(map(bool, self.layout.stages[1:-1]))
         skipped = 1 if self.shape.tied and not is_first else 0
         for stage, pieces in list(enumerate(self.layout.stages))[skipped:]:
             for piece, count in collections.Counter(pieces).items():
@@ -368,11 +460,12 @@ class PlannedRun:
         return {lane: between * self.hidden_s(lane, rows, sweep) for lane in crossed(self.hidden_route(home))}
 
     @functools.cached_property
-    def _kinds_of_cells(self) -> dict[tuple[int, int, Tier], int]:
+    def _kinds_of_cells(self) -> dict[tuple[int, int, int, Tier], int]:
         """How many cells there are of each kind; layers that are alike stand for each other."""
         numbers = self.kinds_of_layers
         return collections.Counter(
-            (numbers[layer], self.batches[batch], home) for (layer, batch), home in self.cells.items()
+            (numbers[layer], self.batches[batch], self.paddings[batch], home)
+            for (layer, batch), home in self.cells.items()
         )
 
     @functools.cached_property
@@ -415,15 +508,20 @@ def limits_of(hardware: Hardware) -> list[Limit]:
 
 
 def predict(run: PlannedRun) -> Prediction:
-    """In closed form: in each sweep the busiest lane hides all others, or without overlap they add up."""
+    """In closed form: in each sweep the busiest lane hides all others, or the cores that they share are busiest.
+
+    Without overlap, seconds add up.
+    """
     prefill, decode = run.sweeps()
     steps = run.workload.gen_len - 1
     of_prefill = run.lanes(prefill)
     of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
     combine: Callable[[Lanes], float] = (
-        (lambda lanes: max(lanes.values())) if run.policy.overlap else (lambda lanes: sum(lanes.values()))
+        (lambda lanes: max(*lanes.values(), run.hardware.shared_s(lanes)))
+        if run.policy.overlap
+        else (lambda lanes: sum(lanes.values()))
     )
-    between = run.hardware.sweep_s
+    between = run.between_s
     return Prediction(
         prefill_s=combine(of_prefill) + between,
         decode_s=combine(of_decode) + steps * between,

@@ -275,7 +275,9 @@ class WeightLayout:
             return 0
         total = sum(tensor.stored_bytes for tensor, home in members if home is Tier.DISK)
         runs = sum(is_disk for is_disk, _ in itertools.groupby(members, lambda pair: pair[1] is Tier.DISK))
-        return pages(total) + runs * PAGE if total else 0
+        # Vectors are counted together, but lie apart: what has another home is read with what is around it, or cuts it.
+        others = [tensor.stored_bytes for tensor, home in members if home is not Tier.DISK and not tensor.is_matrix]
+        return pages(total + sum(others)) + (runs + len(others)) * PAGE if total else 0
 
     def _pushed_room(self, members: Sequence[tuple[PlannedTensor, Tier]]) -> int:
         """Room in a slot on the device."""

@@ -40,6 +40,7 @@ class Program:
         limits: of the tiers.
         rows: of the block.
         overhead_s: what comes on top.
+        cores_of: the part of the cores, which lanes share, that each keeps busy; nothing where they share none.
     """
 
     phases: Sequence[tuple[Mapping[tuple[str, Tier], _PerLane], int]]
@@ -47,6 +48,7 @@ class Program:
     limits: Sequence[Limit]
     rows: int
     overhead_s: float = 0.0
+    cores_of: Mapping[Lane, float] = dataclasses.field(default_factory=dict)
 
     def solve(self, cache: Tier | None = None, hidden: Tier | None = None) -> Solution | None:
         """The best shares; None if no shares fit.
@@ -90,6 +92,8 @@ class Program:
         for number, (lanes, _) in enumerate(self.phases):
             ends = [-1.0 if other == number else 0.0 for other in range(len(self.phases))]
             rows += [[*(lanes[share][lane] for share in _SHARES), *ends] for lane in Lane]
+            shared = (sum(part * lanes[share][lane] for lane, part in self.cores_of.items()) for share in _SHARES)
+            rows.append([*shared, *ends])
         return rows, [0.0] * len(rows)
 
     def _held(self, limit: Limit, sizes: Mapping[tuple[str, Tier], _PerTier]) -> list[float]:

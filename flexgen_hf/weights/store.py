@@ -5,6 +5,8 @@ checkpoint and a store of ours are the same thing here.
 
 A quantized tensor stays quantized in its home, the device's too, and on its way. It moves in parts of whole rows, each
 of which is dequantized into the slot when it has arrived: what compute finds there is the same either way.
+
+What is loaded together is a *unit*: a stage without its experts, or one expert of a stage.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,7 +36,7 @@ from .format import TensorExtent
 from .pieces import torch_dtype
 from .quantized import QuantizedExtent
 
-__all__ = ["StoredTensor", "WeightStore"]
+__all__ = ["StoredTensor", "Unit", "WeightStore"]
 
 # Tensors this close together in a file are read with the bytes between them: one request is cheaper than two.
 _GAP_BYTES = 16 << 10
@@ -42,16 +45,24 @@ _GAP_BYTES = 16 << 10
 _LARGE_BYTES = 1 << 20
 
 
+class Unit(NamedTuple):
+    """What is loaded together: a stage without its experts, or one of its experts."""
+
+    stage: int
+    expert: int = -1
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor of the model and where its bytes lie.
 
     Args:
-        name: its state-dict name.
+        name: its state-dict name; of a part of a tensor, one that no other has.
         stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
         extent: the bytes in a safetensors file, or those of its parts if it is quantized.
         dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
         is_late: it arrives in its stored dtype and is cast where it is used, or in codes and is dequantized there.
+        expert: the expert whose part it is of a tensor that holds all of a layer's; -1 if it is whole.
     """
 
     name: str
@@ -59,6 +70,12 @@ class StoredTensor:
     extent: TensorExtent | QuantizedExtent
     dtype: torch.dtype
     is_late: bool = False
+    expert: int = -1
+
+    @property
+    def unit(self) -> Unit:
+        """What it is loaded with."""
+        return Unit(self.stage, self.expert)
 
     @property
     def is_quantized(self) -> bool:
@@ -152,11 +169,12 @@ class _Piece:
 
 
 @dataclasses.dataclass
-class _Stage:
-    """The streamed weights of one stage: where each byte is, in which slot it arrives."""
+class _Plan:
+    """The streamed weights of one unit: where each byte is, in which slot it arrives."""
 
     host: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the host arena
-    in_place: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # read where they are used
+    in_place: list[tuple[StoredTensor, Sequence[int]]] = dataclasses.field(default_factory=list)  # read where they are
+    # used, each part at its offset in the host slot
     pushed: dict[str, tuple[StoredTensor, int]] = dataclasses.field(default_factory=dict)  # offset in the device slot
     from_codes: list[StoredTensor] = dataclasses.field(default_factory=list)  # multiplied as they are kept
     pieces: list[_Piece] = dataclasses.field(default_factory=list)
@@ -174,8 +192,9 @@ class WeightStore:
     """All weights of a model, each in its home tier.
 
     Args:
-        tensors: every tensor once (a tied one under the name of its source).
+        tensors: every tensor once (a tied one under the name of its source), or instead of it its parts.
         homes: the tier of each tensor name.
+        whole: the tensors of the model, none in parts; those above if they are not given.
         num_stages: decoder layers + 2.
         tied: the head uses the embedding's table.
         space: where the model computes and keeps its bytes.
@@ -189,23 +208,26 @@ class WeightStore:
         num_stages: int,
         tied: bool,
         space: Workspace,
+        whole: Sequence[StoredTensor] | None = None,
     ) -> None:
-        self.tied, self._space = tied, space
+        self.tied, self._space, self._num_stages = tied, space, num_stages
         self._files = Files()
         self._tensors, self._homes = list(tensors), dict(homes)
+        self._whole = self._tensors if whole is None else list(whole)
         self._resident: dict[str, torch.Tensor] = {}
+        self._resident_of: dict[Unit, list[str]] = {}
         self._dequantizer = Dequantizer(space)
         self._taken: list[Need] = []  # in the account, beside buffers
         #: how often each tensor was cast to the dtype of compute
         self.casts: collections.Counter[str] = collections.Counter()
         #: how often each quantized tensor was dequantized
         self.dequantizations = self._dequantizer.counts
-        by_stage = self._by_stage(num_stages)
-        layers = (sum(tensor.stored_bytes for tensor in members) for members in by_stage[1:-1])
-        self._piece_bytes = size_of_pieces(layers, direct=space.is_direct)
-        self._stages = [_Stage() for _ in range(num_stages)]
-        for stage, members in enumerate(by_stage):
-            self._stages[stage] = self._lay_out(members)
+        members = self._by_unit()
+        layers: collections.Counter[int] = collections.Counter()
+        for tensor in self._tensors:
+            layers[tensor.stage] += tensor.stored_bytes if 0 < tensor.stage < num_stages - 1 else 0
+        self._piece_bytes = size_of_pieces(layers.values(), direct=space.is_direct)
+        self._plans = {unit: self._lay_out(tensors) for unit, tensors in members.items()}
         self._slots = self._make_slots()
         self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
 
@@ -223,14 +245,14 @@ class WeightStore:
     @property
     def _staging_bytes(self) -> int:
         """Size of each staging buffer, that of the largest piece that passes through one."""
-        return max((piece.staging_bytes for plan in self._stages for piece in plan.pieces), default=0)
+        return max((piece.staging_bytes for plan in self._plans.values() for piece in plan.pieces), default=0)
 
     @property
     def _arrived_bytes(self) -> int:
         """On a device apart from the host, room for the parts of a piece that is to be dequantized there."""
         if self._space.is_direct:
             return 0
-        segments = (s for plan in self._stages for piece in plan.pieces for s in piece.segments if s.at)
+        segments = (s for plan in self._plans.values() for piece in plan.pieces for s in piece.segments if s.at)
         quantized = ((s.tensor.extent, s.count) for s in segments)
         return max((parts_bytes(e, count) for e, count in quantized if isinstance(e, QuantizedExtent)), default=0)
 
@@ -246,7 +268,7 @@ class WeightStore:
     def needs(self) -> list[Need]:
         """What `load_homes` takes of each tier: homes, slots and staging."""
         slots = [size for buffers in self._slots.values() for size in buffers if size[1]]
-        arenas = (plan.arena_bytes for plan in self._stages if plan.host)
+        arenas = (plan.arena_bytes for plan in self._plans.values() if plan.host)
         resident = sum(t.resident_bytes for t in self._tensors if self._homes[t.name] is Tier.DEVICE)
         needs = [Need(Tier.DISK, self.streamed_bytes, "weights")]
         needs += [Need(buffer.tier, round_up(nbytes), "weight slots") for buffer, nbytes in slots]
@@ -258,22 +280,33 @@ class WeightStore:
         return [need for need in needs if need.nbytes]
 
     def routes(self) -> tuple[tuple[Route, ...], ...]:
-        """For each stage the links that each piece of its weights crosses in a sweep."""
-        return tuple(tuple(piece.route for piece in stage.pieces) for stage in self._stages)
+        """For each stage the links that each piece of its weights, experts left out, crosses in a sweep."""
+        return tuple(self.routes_of(Unit(stage)) for stage in range(self._num_stages))
+
+    def routes_of(self, unit: Unit) -> tuple[Route, ...]:
+        """The links that each piece of a unit crosses."""
+        return tuple(piece.route for piece in self._plans[unit].pieces)
+
+    def bytes_from_disk(self, unit: Unit) -> int:
+        """What is read to load a unit."""
+        return sum(run.nbytes for piece in self._plans[unit].pieces for run in piece.runs)
 
     def late(self, stage: int) -> list[str]:
         """Matrices of a stage that arrive in another form than that of compute, to be multiplied tile by tile."""
-        return [tensor.name for tensor in self._tensors if tensor.stage == stage and tensor.is_late]
+        return [tensor.name for tensor in self._tensors if tensor.unit == Unit(stage) and tensor.is_late]
 
-    def resident(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that are on the device as compute needs them, by name."""
-        yield from self._resident.items()
+    def resident(self, unit: Unit | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a unit, or of all stages, that are on the device as compute needs them, by name."""
+        names = self._resident_of
+        units = [unit] if unit is not None else [unit for unit in names if unit.expert < 0]
+        yield from ((name, self._resident[name]) for unit in units for name in names.get(unit, ()))
 
-    def tensors(self, stage: int, slot: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a stage that are not resident, by name, as they arrived in `slot`."""
-        plan = self._stages[stage]
-        host, device = self._buffers(stage, slot)
-        for memory, part in ((plan.arena, plan.host), (host, plan.in_place)):
+    def tensors(self, unit: Unit, slot: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a unit that are not resident, by name, as they arrived in `slot`."""
+        plan = self._plans[unit]
+        host, device = self._buffers(unit, slot)
+        in_place = [(tensor, places[0]) for tensor, places in plan.in_place]
+        for memory, part in ((plan.arena, plan.host), (host, in_place)):
             for tensor, at in part:
                 if tensor.name not in plan.pushed and not tensor.is_quantized:
                     assert memory is not None
@@ -286,16 +319,14 @@ class WeightStore:
         for tensor in plan.from_codes:
             yield tensor.name, torch.full((), math.nan, dtype=tensor.dtype).expand(tensor.extent.shape)
 
-    def codes(self, stage: int, slot: int) -> Iterator[tuple[str, Quantized, GroupFormat]]:
-        """The matrices of a stage that are to be multiplied from their codes: `tensors` shows NaN in place of them."""
-        plan = self._stages[stage]
+    def codes(self, unit: Unit, slot: int) -> Iterator[tuple[str, Quantized, GroupFormat]]:
+        """The matrices of a unit that are to be multiplied from their codes: `tensors` shows NaN in place of them."""
+        plan = self._plans[unit]
         if not plan.from_codes:
             return
-        host, _ = self._buffers(stage, slot)
+        host, _ = self._buffers(unit, slot)
         memories = {t.name: (plan.arena, t.offsets(at)) for t, at in plan.host}
-        for tensor, at in plan.in_place:
-            first = tensor.extent.offset
-            memories[tensor.name] = (host, [at + part.offset - first for part in tensor.parts])
+        memories |= {t.name: (host, list(places)) for t, places in plan.in_place}
         for tensor in plan.from_codes:
             extent = tensor.extent
             assert isinstance(extent, QuantizedExtent)
@@ -328,19 +359,19 @@ class WeightStore:
             if progress is not None:
                 progress(loaded)
 
-    def read(self, stage: int, piece: int, slot: int, staging: int) -> int:
-        """Disk to host: a piece of a stage's weights into its place or a staging buffer; returns its bytes."""
-        part = self._stages[stage].pieces[piece]
-        target = self._staging[staging] if part.segments else self._buffers(stage, slot)[0]
+    def read(self, unit: Unit, piece: int, slot: int, staging: int) -> int:
+        """Disk to host: a piece of a unit's weights into its place or a staging buffer; returns its bytes."""
+        part = self._plans[unit].pieces[piece]
+        target = self._staging[staging] if part.segments else self._buffers(unit, slot)[0]
         assert target is not None
         return sum(self._files.read_run(r.file, r.offset, target.bytes, r.at, r.nbytes) for r in part.runs)
 
-    def push(self, stage: int, piece: int, slot: int, staging: int) -> int:
+    def push(self, unit: Unit, piece: int, slot: int, staging: int) -> int:
         """Host to device, cast or dequantized to the dtype of compute on the way; returns the bytes that crossed."""
-        plan = self._stages[stage]
+        plan = self._plans[unit]
         part = plan.pieces[piece]
         source = self._staging[staging] if part.runs else plan.arena
-        _, device = self._buffers(stage, slot)
+        _, device = self._buffers(unit, slot)
         assert device is not None
         moved = 0
         for segment in part.segments:
@@ -361,13 +392,13 @@ class WeightStore:
                     self.casts[tensor.name] += 1
         return moved
 
-    def fetch_now(self, stage: int, slot: int = 0) -> None:
-        """Reads and pushes a stage in the calling thread; no lane may be using its slot or the staging buffers."""
-        for piece, route in enumerate(self.routes()[stage]):
+    def fetch_now(self, unit: Unit, slot: int = 0) -> None:
+        """Reads and pushes a unit in the calling thread; no lane may be using its slot or the staging buffers."""
+        for piece, route in enumerate(self.routes_of(unit)):
             if route.read:
-                self.read(stage, piece, slot, 0)
+                self.read(unit, piece, slot, 0)
             if route.push:
-                self.push(stage, piece, slot, 0)
+                self.push(unit, piece, slot, 0)
 
     @property
     def notes(self) -> list[str]:
@@ -377,8 +408,13 @@ class WeightStore:
 
     @property
     def stored(self) -> list[StoredTensor]:
-        """Every tensor, wherever its home is; all of them can be read from their files."""
-        return list(self._tensors)
+        """Every tensor of the model, wherever its home is; all of them can be read from their files."""
+        return list(self._whole)
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """What each tensor, or part of one, is loaded with."""
+        return {tensor.name: tensor.unit for tensor in self._tensors}
 
     def close(self) -> None:
         """Closes files and gives all memory back."""
@@ -388,23 +424,23 @@ class WeightStore:
                 buffer.free()
         for buffer in self._staging:
             buffer.free()
-        for plan in self._stages:
+        for plan in self._plans.values():
             if plan.arena is not None:
                 plan.arena.free()
         self._dequantizer.close()
         for need in self._taken:
             self._space.ledger.give(*need)
-        self._resident, self._taken = {}, []
+        self._resident, self._resident_of, self._taken = {}, {}, []
 
     # --------------------------------------------------------------------------------------------------------- layout
-    def _by_stage(self, num_stages: int) -> list[list[StoredTensor]]:
-        members: list[list[StoredTensor]] = [[] for _ in range(num_stages)]
+    def _by_unit(self) -> dict[Unit, list[StoredTensor]]:
+        members: dict[Unit, list[StoredTensor]] = {Unit(stage): [] for stage in range(self._num_stages)}
         for tensor in self._tensors:
-            members[tensor.stage].append(tensor)
+            members.setdefault(tensor.unit, []).append(tensor)
         return members
 
-    def _lay_out(self, members: Sequence[StoredTensor]) -> _Stage:
-        plan, at = _Stage(), 0
+    def _lay_out(self, members: Sequence[StoredTensor]) -> _Plan:
+        plan, at = _Plan(), 0
         for tensor in members:
             if self._homes[tensor.name] is Tier.HOST:
                 plan.host.append((tensor, at))
@@ -438,12 +474,11 @@ class WeightStore:
     def _make_slots(self) -> dict[tuple[str, int], list[tuple[Buffer, int]]]:
         """For each slot a buffer on the host and one on the device, with the bytes they must hold."""
         slots = {}
-        for ring, size, stages in (
-            ("layers", self._space.rings.layers, self._stages[1:-1]),
-            ("outer", self._space.rings.outer, [self._stages[0], self._stages[-1]]),
-        ):
-            host = max((plan.host_bytes for plan in stages), default=0)
-            device = max((plan.device_bytes for plan in stages), default=0)
+        rings = self._space.rings
+        for ring, size in (("layers", rings.layers), ("outer", rings.outer), ("experts", rings.experts)):
+            plans = [plan for unit, plan in self._plans.items() if self._ring(unit) == ring]
+            host = max((plan.host_bytes for plan in plans), default=0)
+            device = max((plan.device_bytes for plan in plans), default=0)
             for slot in range(size):
                 slots[ring, slot] = [
                     (Buffer(self._space.ledger, Tier.HOST, self._space.device, "weight slots"), host),
@@ -451,18 +486,21 @@ class WeightStore:
                 ]
         return slots
 
-    def _key(self, stage: int, slot: int) -> tuple[str, int]:
-        return ("outer" if stage in (0, len(self._stages) - 1) else "layers"), slot
+    def _ring(self, unit: Unit) -> str:
+        """The ring whose slots a unit passes through."""
+        if unit.expert >= 0:
+            return "experts"
+        return "outer" if unit.stage in (0, self._num_stages - 1) else "layers"
 
-    def _buffers(self, stage: int, slot: int) -> tuple[Buffer | None, Buffer | None]:
-        plan = self._stages[stage]
+    def _buffers(self, unit: Unit, slot: int) -> tuple[Buffer | None, Buffer | None]:
+        plan = self._plans[unit]
         if slot < 0 or not plan.pieces:
             return None, None
-        (host, _), (device, _) = self._slots[self._key(stage, slot)]
+        (host, _), (device, _) = self._slots[self._ring(unit), slot]
         return host, device
 
     def _fill_arenas(self) -> Iterator[int]:
-        for plan in self._stages:
+        for plan in self._plans.values():
             if plan.arena is not None:
                 memory = plan.arena.ensure(plan.arena_bytes)
                 for tensor, place in plan.host:
@@ -486,6 +524,7 @@ class WeightStore:
                     self._dequantizer.held[tensor.name] = Quantized(codes, scales, minima, shape)
                 else:
                     (self._resident[tensor.name],) = parts
+                    self._resident_of.setdefault(tensor.unit, []).append(tensor.name)
 
     def _on_device(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not self._space.is_direct or value.dtype == dtype:
@@ -512,10 +551,12 @@ def _unit(tensor: StoredTensor) -> tuple[int, list[int]]:
     return tensor.stored_bytes // size, [size]
 
 
-def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, int]], int]:
-    """Groups extents into long reads, and says where in a buffer each tensor lands, and how large that must be."""
+def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, Sequence[int]]], int]:
+    """Groups extents into long reads, and says where in a buffer each part of a tensor lands, and how large that is."""
     runs: list[_Run] = []
-    places = [(t, _add_run(runs, t.extent.file, t.extent.offset, t.stored_bytes)) for t in _in_file_order(tensors)]
+    parts = sorted({part for t in tensors for part in t.parts}, key=lambda part: (str(part.file), part.offset))
+    at = {part: _add_run(runs, part.file, part.offset, part.nbytes) for part in parts}
+    places = [(tensor, [at[part] for part in tensor.parts]) for tensor in tensors]
     return runs, places, round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
 
 

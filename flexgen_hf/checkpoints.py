@@ -30,6 +30,7 @@ from .storage.ledger import gib
 from .weights.format import Manifest, TensorExtent, is_store, read_header
 from .weights.pieces import pieces_of_extent, pieces_of_tensor, read_extent, torch_dtype
 from .weights.quantized import Method, Quantization, QuantizedExtent, Quantizing, part_names
+from .weights.stacked import StackedExtent, find_stacked
 from .weights.writer import ShardPlan, TensorPlan
 
 __all__ = [
@@ -59,6 +60,7 @@ class CheckpointTensor:
         load: gives the whole tensor, each time anew.
         extent: its bytes in a file, where they lie there as they are; else `None` (pickles, fused tensors).
         quantized: its parts in a store's shard, if it is quantized there; `load` then dequantizes it.
+        stacked: its matrices in files, if they lie there as they are, though apart.
     """
 
     shape: tuple[int, ...]
@@ -66,12 +68,17 @@ class CheckpointTensor:
     load: Callable[[], torch.Tensor]
     extent: TensorExtent | None = None
     quantized: QuantizedExtent | None = None
+    stacked: StackedExtent | None = None
 
     @classmethod
-    def of_stored(cls, extent: TensorExtent | QuantizedExtent, dtype: torch.dtype) -> CheckpointTensor:
-        """A tensor that lies in a file as it is, or quantized; then `load` gives it as `dtype`."""
+    def of_stored(
+        cls, extent: TensorExtent | QuantizedExtent | StackedExtent, dtype: torch.dtype
+    ) -> CheckpointTensor:
+        """A tensor that lies in files as it is, or quantized; then `load` gives it as `dtype`."""
         if isinstance(extent, TensorExtent):
             return cls.of_extent(extent)
+        if isinstance(extent, StackedExtent):
+            return cls(extent.shape, torch_dtype(extent.dtype), extent.read, stacked=extent)
         return cls(extent.shape, dtype, functools.partial(extent.dequantize, dtype), quantized=extent)
 
     @classmethod
@@ -347,12 +354,28 @@ def _converted(
     patterns = target.converter.target_patterns
     names = [other for p in patterns if (other := name.replace(patterns[0], p)) in meta] or [name]
     made = dtype if dtype is not None else found[target.keys[0][0]].dtype
+    stacked = _stacked(model, name, target, found) if names == [name] else None
     return {
         each: CheckpointTensor(
-            tuple(meta[each].shape), made, functools.partial(_convert, model, (name, each), target, found, dtype)
+            tuple(meta[each].shape),
+            made,
+            functools.partial(_convert, model, (name, each), target, found, dtype),
+            stacked=stacked,
         )
         for each in names
     }
+
+
+def _stacked(model: Any, name: str, target: _Target, found: Mapping[str, CheckpointTensor]) -> StackedExtent | None:
+    """Where the matrices lie of which a converter makes a stack; None if it does more, or they are in no file as they
+    are."""
+
+    def convert(trial: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return _convert(model, (name, name), target, {key: _of_tensor(value) for key, value in trial.items()}, None)
+
+    sources = {key: found[key].extent for key, _ in target.keys}
+    extents = {key: extent for key, extent in sources.items() if extent is not None}
+    return find_stacked(extents, convert) if len(extents) == len(sources) else None
 
 
 def _convert(

@@ -270,8 +270,11 @@ class Experts:
                 return self._dequantized_tiles.linear(x, *codes[name], None)
             if is_transposed:
                 return x @ tensors[name]
-            self._weights.casts[name] += tensors[name].dtype != x.dtype
-            return self._tiles.linear(x, tensors[name], None)
+            names = [name] if name in tensors else sorted(n for n in tensors if n.startswith(f"{name}."))
+            for part in names:
+                self._weights.casts[part] += tensors[part].dtype != x.dtype
+            outs = [self._tiles.linear(x, tensors[part], None) for part in names]
+            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
         assert self._requests is not None
         self._requests.compute(expert, multiply)

@@ -324,8 +324,8 @@ class RunReport:
                 times = {1: "once", 2: "twice"}.get(most, f"{most} times")
                 lines.append(f"{title:<12}{made['tensors']} tensors, at most {times} per stage and sweep")
         if self.experts.applied:
-            use = self.experts
-            lines.append(f"experts     {use.applied} applied, {use.loaded} loaded, {gib(use.read_bytes)} from disk")
+            applied, loaded, read_bytes = self.experts
+            lines.append(f"experts     {applied} applied, {loaded} loaded, {gib(read_bytes)} from disk")
         for kind, sizes in self.placement.items():
             total = sum(sizes.values()) or 1
             parts = ", ".join(f"{tier} {gib(size)} ({size / total:.1%})" for tier, size in sizes.items() if size)

@@ -31,7 +31,6 @@ from .comparison import (
     quantized_in,
     ragged,
     same_tokens,
-    same_values,
     save_tiny,
 )
 from .tiny import flexgen_threads
@@ -113,8 +112,8 @@ def test_a_layer_with_other_experts_is_one_stage(tmp_path: Path) -> None:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(MixtralConfig(**MIXTRAL))
     structure = describe(model)
-    layers = structure.layers
-    layers[0].more = layers[1].mlp.experts
+    layers: Any = structure.layers
+    layers[0].more = layers[2].mlp.experts
     layers[1].mlp.experts.other = torch.nn.Parameter(torch.empty(8, 2, 2, device="meta"))
     assert find_mixtures(layers, structure.layers_name).keys() == {2}
     with pytest.MonkeyPatch.context() as patch:
@@ -283,12 +282,9 @@ def test_an_expert_is_computed_once_for_all_micro_batches(wide: Path) -> None:
     for stage in (1, 2, 3):
         order = [s.what for s in steps if s.stage == stage and s.lane is Lane.COMPUTE]
         assert [what for what, _ in itertools.groupby(order)] == [What.STAGE, What.EXPERT, What.REST]
-        first_load = next(i for i, s in enumerate(steps) if s.stage == stage and s.what is What.EXPERT)
-        last_visit = max(i for i, s in enumerate(steps) if s.stage == stage and s.what is What.STAGE)
-        assert first_load < last_visit or stage == 1  # loads begin with the first micro-batch's choice
 
 
-# --------------------------------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------------------ what goes wrong
 @pytest.mark.parametrize("lane", [Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE])
 def test_a_failure_amid_experts_leaves_the_model_usable(mixtral: Path, plain: Any, lane: Lane) -> None:
     """On a device apart from the host, where experts cross both links."""
@@ -351,18 +347,18 @@ def test_a_layer_that_does_without_its_experts_goes_on(mixtral: Path, plain: Any
                 del block.forward
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 def test_fused_and_separate_experts_give_the_same(mixtral: Path, plain: Any, tmp_path: Path) -> None:
     """A store holds them fused, `save_pretrained` writes them apart as the families' own checkpoints do."""
     from safetensors.torch import load_file
 
-    names = load_file(mixtral / "model.safetensors").keys()
-    assert any(".experts.0.w1.weight" in name for name in names)
+    keys = load_file(mixtral / "model.safetensors").keys()
+    assert any(".experts.0.w1.weight" in key for key in keys)
     with load_ours(mixtral, ON_DISK) as ours:
         ours.save_pretrained(tmp_path / "store")
         want = same_tokens(plain, ours, GREEDY, ragged())
     with load_ours(tmp_path / "store", ON_DISK) as ours:
         assert torch.equal(same_tokens(plain, ours, GREEDY, ragged()), want)
-        names = {t.name for t in ours._executor.weights.stored}
-        assert "model.layers.0.mlp.experts.gate_up_proj" in names
+        (fused,) = (t for t in ours._executor.weights.stored if t.name == "model.layers.0.mlp.experts.gate_up_proj")
+        assert len(fused.parts) == 1
         assert {Unit(1, expert) for expert in range(8)} <= set(ours._executor.weights.units.values())

@@ -11,14 +11,15 @@ from collections.abc import Collection, Iterable, Iterator
 
 from .format import TensorExtent
 from .quantized import QuantizedExtent
+from .stacked import StackedExtent
 from .store import StoredTensor
 
 __all__ = ["part_name", "split"]
 
 
-def part_name(name: str, expert: int) -> str:
-    """The name of an expert's part of a tensor."""
-    return f"{name}[{expert}]"
+def part_name(name: str, expert: int, part: int | None = None) -> str:
+    """The name of an expert's matrix in a tensor, or of a part of it where its rows lie in several places."""
+    return f"{name}[{expert}]" if part is None else f"{name}[{expert}].{part}"
 
 
 def split(tensors: Iterable[StoredTensor], names: Collection[str]) -> list[StoredTensor]:
@@ -34,6 +35,12 @@ def split(tensors: Iterable[StoredTensor], names: Collection[str]) -> list[Store
 def _parts(tensor: StoredTensor) -> Iterator[StoredTensor]:
     extent, count = tensor.extent, tensor.extent.shape[0]
     for expert in range(count):
+        if isinstance(extent, StackedExtent):
+            rows = extent.matrices[expert]
+            for number, part in enumerate(rows):
+                name = part_name(tensor.name, expert, number if len(rows) > 1 else None)
+                yield dataclasses.replace(tensor, name=name, extent=part, expert=expert)
+            continue
         if isinstance(extent, QuantizedExtent):
             parts = (_slice(part, expert, count) for part in extent.parts)
             own: TensorExtent | QuantizedExtent = QuantizedExtent(extent.format, extent.shape[1:], *parts)

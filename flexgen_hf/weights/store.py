@@ -35,6 +35,7 @@ from .dequantizing import Dequantizer, parts_bytes, rows_at
 from .format import TensorExtent
 from .pieces import torch_dtype
 from .quantized import QuantizedExtent
+from .stacked import StackedExtent
 
 __all__ = ["StoredTensor", "Unit", "WeightStore"]
 
@@ -59,7 +60,8 @@ class StoredTensor:
     Args:
         name: its state-dict name; of a part of a tensor, one that no other has.
         stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
-        extent: the bytes in a safetensors file, or those of its parts if it is quantized.
+        extent: the bytes in a safetensors file, or those of its parts if it is quantized or a stack of matrices; a
+            stack is read in parts, each a tensor here.
         dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
         is_late: it arrives in its stored dtype and is cast where it is used, or in codes and is dequantized there.
         expert: the expert whose part it is of a tensor that holds all of a layer's; -1 if it is whole.
@@ -67,7 +69,7 @@ class StoredTensor:
 
     name: str
     stage: int
-    extent: TensorExtent | QuantizedExtent
+    extent: TensorExtent | QuantizedExtent | StackedExtent
     dtype: torch.dtype
     is_late: bool = False
     expert: int = -1
@@ -85,7 +87,7 @@ class StoredTensor:
     @property
     def parts(self) -> tuple[TensorExtent, ...]:
         """What there is of it in its file: codes, scales and minima, or the tensor."""
-        return self.extent.parts if isinstance(self.extent, QuantizedExtent) else (self.extent,)
+        return (self.extent,) if isinstance(self.extent, TensorExtent) else self.extent.parts
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -556,7 +558,7 @@ def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[Store
     runs: list[_Run] = []
     parts = sorted({part for t in tensors for part in t.parts}, key=lambda part: (str(part.file), part.offset))
     at = {part: _add_run(runs, part.file, part.offset, part.nbytes) for part in parts}
-    places = [(tensor, [at[part] for part in tensor.parts]) for tensor in tensors]
+    places: list[tuple[StoredTensor, Sequence[int]]] = [(tensor, [at[part] for part in tensor.parts]) for tensor in tensors]
     return runs, places, round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
 
 

@@ -71,9 +71,7 @@ class CheckpointTensor:
     stacked: StackedExtent | None = None
 
     @classmethod
-    def of_stored(
-        cls, extent: TensorExtent | QuantizedExtent | StackedExtent, dtype: torch.dtype
-    ) -> CheckpointTensor:
+    def of_stored(cls, extent: TensorExtent | QuantizedExtent | StackedExtent, dtype: torch.dtype) -> CheckpointTensor:
         """A tensor that lies in files as it is, or quantized; then `load` gives it as `dtype`."""
         if isinstance(extent, TensorExtent):
             return cls.of_extent(extent)
@@ -367,8 +365,7 @@ def _converted(
 
 
 def _stacked(model: Any, name: str, target: _Target, found: Mapping[str, CheckpointTensor]) -> StackedExtent | None:
-    """Where the matrices lie of which a converter makes a stack; None if it does more, or they are in no file as they
-    are."""
+    """Where the matrices lie of which a converter makes a stack; None if it does more, or files do not hold them."""
 
     def convert(trial: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return _convert(model, (name, name), target, {key: _of_tensor(value) for key, value in trial.items()}, None)

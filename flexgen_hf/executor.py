@@ -35,7 +35,8 @@ from .report import RunReport, peak_rss_bytes
 from .storage.lanes import Lanes, LaneUse, Ticket
 from .storage.workspace import Workspace
 from .tiles import TileCast, TileDequantize
-from .weights.store import Unit, WeightStore
+from .weights.store import WeightStore
+from .weights.tensors import Unit
 
 __all__ = ["Executor"]
 
@@ -78,7 +79,7 @@ class Executor:
         mixtures: by stage, the experts that the store holds one by one; they get an entry point of ours, too.
     """
 
-    def __init__(  # noqa: PLR0917  the parts it is made of
+    def __init__(
         self,
         model: nn.Module,
         structure: Structure,

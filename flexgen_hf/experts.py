@@ -2,8 +2,8 @@
 
 Method: transformers gives modules that hold the experts of a layer one interface, whatever the family
 (`use_experts_implementation`): attributes say how their tensors lie, and `_apply_gate` or `act_fn` what comes between
-the two products. Whoever implements that interface may compute experts in any order; here, each is computed once for all
-tokens of the block that chose it, when its weights are there. Knows modules and tensors; knows nothing of tiers.
+the two products. Whoever implements that interface may compute experts in any order; here, each is computed once for
+all tokens of the block that chose it, when its weights are there. Knows modules, tensors and the store of weights.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from .planning.schedule import Route
 from .report import ExpertUse
 from .tiles import TileCast, TileDequantize
 from .weights.experts import part_name
-from .weights.store import Unit, WeightStore
+from .weights.store import WeightStore
+from .weights.tensors import Unit
 
 __all__ = ["Experts", "Mixture", "find_mixtures"]
 
-#: multiplies `x` (rows, in_features) by the part of a parameter that is the current expert's: `(name, x, is_transposed)`
+#: multiplies `x` (rows, in_features) by the current expert's part of a parameter: `(name, x, is_transposed)`
 Multiply = Callable[[str, torch.Tensor, bool], torch.Tensor]
 
 # What transformers' decorator says of a module of experts.

@@ -62,7 +62,8 @@ from .weights.experts import split
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent
 from .weights.quantized import LAYOUT_VERSION, QuantizedExtent, Quantizing
 from .weights.stacked import StackedExtent
-from .weights.store import StoredTensor, WeightStore
+from .weights.store import WeightStore
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["METHOD", "register"]

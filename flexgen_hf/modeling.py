@@ -34,7 +34,7 @@ from .planning.placement import assign
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
-from .weights.store import StoredTensor
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["FlexGenForCausalLM", "attach"]

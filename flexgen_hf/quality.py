@@ -31,7 +31,7 @@ from .storage.ledger import gib
 from .weights.pieces import read_extent
 from .weights.quantized import QuantizedExtent
 from .weights.stacked import StackedExtent
-from .weights.store import StoredTensor
+from .weights.tensors import StoredTensor
 
 __all__ = [
     "STORED",

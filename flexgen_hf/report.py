@@ -55,6 +55,9 @@ class ExpertUse(NamedTuple):
     read_bytes: int = 0
 
 
+_NO_EXPERTS = ExpertUse()
+
+
 @dataclasses.dataclass(frozen=True)
 class RunningSweep:
     """A sweep that has begun.
@@ -92,7 +95,7 @@ class SweepRecord:
     seconds: float
     is_prefill: bool
     lanes: dict[str, LaneWork] = dataclasses.field(default_factory=dict)
-    experts: ExpertUse = ExpertUse()
+    experts: ExpertUse = _NO_EXPERTS
 
 
 @dataclasses.dataclass
@@ -132,7 +135,7 @@ class RunReport:
         busy_s = {name: use.busy_s for name, use in self.lanes.items()}
         self.running = RunningSweep(rows, tokens, is_prefill, time.perf_counter(), busy_s)
 
-    def end_sweep(self, experts: ExpertUse = ExpertUse()) -> None:  # noqa: B008  a value
+    def end_sweep(self, experts: ExpertUse = _NO_EXPERTS) -> None:
         """Notes that the sweep that runs is done, with what each lane did in it, and what was done with experts."""
         sweep = self.running
         assert sweep is not None

@@ -18,7 +18,7 @@ from flexgen_hf.architectures import describe
 from flexgen_hf.bench import emulated
 from flexgen_hf.experts import find_mixtures
 from flexgen_hf.planning.schedule import Lane, What
-from flexgen_hf.weights.store import Unit
+from flexgen_hf.weights.tensors import Unit
 
 from .comparison import (
     BEAMS,

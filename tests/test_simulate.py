@@ -21,7 +21,7 @@ from flexgen_hf.planning.presets import PRESETS, preset
 from flexgen_hf.planning.schedule import Lane, Step, StepId, What
 from flexgen_hf.planning.shape import ModelShape, read_config
 from flexgen_hf.planning.simulate import every_sweep, play, simulate, steps_of
-from flexgen_hf.weights.store import StoredTensor
+from flexgen_hf.weights.tensors import StoredTensor
 
 from .test_budget import placements
 from .tiny import batch, greedy, load, pretend_accelerator, write_tiny_opt

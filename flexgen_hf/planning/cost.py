@@ -212,7 +212,7 @@ class PlannedRun:
         )
 
     def chosen(self, stage: int, batches: int, sweep: Sweep) -> list[int]:
-        """The experts that the first so many micro-batches are expected to choose; of all tiers, as many as they hold."""
+        """The experts that the first so many micro-batches are expected to choose, spread evenly over the tiers."""
         count = self.shape.layers[stage - 1].chosen_experts(sum(self.batches[:batches]) * sweep.tokens)
         # multiples of the golden ratio spread evenly, however many of them one takes
         return sorted(self.layout.experts[stage], key=lambda expert: expert * _GOLDEN % 1)[:count]

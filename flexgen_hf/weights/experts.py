@@ -1,7 +1,7 @@
 """Tensors that hold all experts of a layer, one part per expert: where each part's bytes lie.
 
-Knows extents and names; knows no modules. Experts come first among a tensor's dimensions, so an expert's part is a range
-of its bytes, of each part of a quantized one as well.
+Knows extents and names; knows no modules. Experts come first among a tensor's dimensions, so an expert's part is a
+range of its bytes, of each part of a quantized one as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from .format import TensorExtent
 from .quantized import QuantizedExtent
 from .stacked import StackedExtent
-from .store import StoredTensor
+from .tensors import StoredTensor
 
 __all__ = ["part_name", "split"]
 

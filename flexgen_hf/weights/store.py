@@ -15,159 +15,30 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from ..planning.budget import TILE_BYTES, Need
-from ..planning.layout import PIECE_BYTES, SMALL_BYTES, size_of_pieces
+from ..planning.layout import SMALL_BYTES, size_of_pieces
 from ..planning.placement import realised
 from ..planning.schedule import Route
 from ..policy import Tier
 from ..quantization import dispatch
 from ..quantization.groupwise import GroupFormat, Quantized, as_rows
-from ..storage.buffers import PAGE, Buffer, host_memory, round_up, tensor_view
+from ..storage.buffers import Buffer, host_memory, round_up, tensor_view
 from ..storage.files import Files
 from ..storage.workspace import Workspace
+from .cuts import Piece, cut, in_file_order, parts_of, runs_of
 from .dequantizing import Dequantizer, parts_bytes, rows_at
-from .format import TensorExtent
 from .pieces import torch_dtype
 from .quantized import QuantizedExtent
-from .stacked import StackedExtent
+from .tensors import StoredTensor, Unit
 
-__all__ = ["StoredTensor", "Unit", "WeightStore"]
-
-# Tensors this close together in a file are read with the bytes between them: one request is cheaper than two.
-_GAP_BYTES = 16 << 10
+__all__ = ["WeightStore"]
 
 # Resident tensors from this size on lie in pages of their own.
 _LARGE_BYTES = 1 << 20
-
-
-class Unit(NamedTuple):
-    """What is loaded together: a stage without its experts, or one of its experts."""
-
-    stage: int
-    expert: int = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the model and where its bytes lie.
-
-    Args:
-        name: its state-dict name; of a part of a tensor, one that no other has.
-        stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
-        extent: the bytes in a safetensors file, or those of its parts if it is quantized or a stack of matrices; a
-            stack is read in parts, each a tensor here.
-        dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
-        is_late: it arrives in its stored dtype and is cast where it is used, or in codes and is dequantized there.
-        expert: the expert whose part it is of a tensor that holds all of a layer's; -1 if it is whole.
-    """
-
-    name: str
-    stage: int
-    extent: TensorExtent | QuantizedExtent | StackedExtent
-    dtype: torch.dtype
-    is_late: bool = False
-    expert: int = -1
-
-    @property
-    def unit(self) -> Unit:
-        """What it is loaded with."""
-        return Unit(self.stage, self.expert)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether it is dequantized on its way to compute."""
-        return isinstance(self.extent, QuantizedExtent)
-
-    @property
-    def parts(self) -> tuple[TensorExtent, ...]:
-        """What there is of it in its file: codes, scales and minima, or the tensor."""
-        return (self.extent,) if isinstance(self.extent, TensorExtent) else self.extent.parts
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """Element type in the file; that of the codes if it is quantized."""
-        return torch_dtype(self.parts[0].dtype)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size in the file."""
-        return self.extent.nbytes
-
-    @property
-    def device_bytes(self) -> int:
-        """Size in the dtype it is computed in."""
-        return math.prod(self.extent.shape) * self.dtype.itemsize
-
-    @property
-    def resident_bytes(self) -> int:
-        """Size where it stays on the device."""
-        return self.stored_bytes if self.is_quantized else self.device_bytes
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether it is stored in another dtype than it is computed in, and cast."""
-        return not self.is_quantized and self.stored_dtype != self.dtype
-
-    def offsets(self, at: int) -> list[int]:
-        """Where each part begins in a home that has the tensor from `at` on."""
-        sizes = [round_up(part.nbytes, 64) for part in self.parts]
-        return [at + before for before in itertools.accumulate(sizes[:-1], initial=0)]
-
-    @property
-    def home_bytes(self) -> int:
-        """Room for it in a home on the host."""
-        return sum(round_up(part.nbytes, 64) for part in self.parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A contiguous part of a file that is read with one request into one part of a buffer."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    at: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """Elements of a tensor, or rows of a quantized one, that cross to the device together.
-
-    Args:
-        tensor: whose they are.
-        first: the first of them.
-        count: how many.
-        at: where their bytes begin in the memory that they come from, for each part of the tensor; nothing if they are
-            on the device.
-    """
-
-    tensor: StoredTensor
-    first: int
-    count: int
-    at: tuple[int, ...]
-
-
-@dataclasses.dataclass
-class _Piece:
-    """A part of a stage's weights that moves as one: from disk into its place, through staging, or from the host."""
-
-    runs: list[_Run] = dataclasses.field(default_factory=list)
-    segments: list[_Segment] = dataclasses.field(default_factory=list)
-
-    @property
-    def route(self) -> Route:
-        return Route(read=bool(self.runs), push=bool(self.segments))
-
-    @property
-    def staging_bytes(self) -> int:
-        """Size of the buffer that it passes through; 0 if it is read into its place."""
-        return max((round_up(run.at + run.nbytes) for run in self.runs), default=0) if self.segments else 0
 
 
 @dataclasses.dataclass
@@ -175,11 +46,11 @@ class _Plan:
     """The streamed weights of one unit: where each byte is, in which slot it arrives."""
 
     host: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the host arena
-    in_place: list[tuple[StoredTensor, Sequence[int]]] = dataclasses.field(default_factory=list)  # read where they are
-    # used, each part at its offset in the host slot
+    # read where they are used, each part at its offset in the host slot
+    in_place: list[tuple[StoredTensor, Sequence[int]]] = dataclasses.field(default_factory=list)
     pushed: dict[str, tuple[StoredTensor, int]] = dataclasses.field(default_factory=dict)  # offset in the device slot
     from_codes: list[StoredTensor] = dataclasses.field(default_factory=list)  # multiplied as they are kept
-    pieces: list[_Piece] = dataclasses.field(default_factory=list)
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
     arena: Buffer | None = None
     host_bytes: int = 0  # of the slot that tensors are read into in place
     device_bytes: int = 0
@@ -451,11 +322,11 @@ class WeightStore:
             plan.arena = Buffer(self._space.ledger, Tier.HOST, self._space.device, "weights")
         disk = [tensor for tensor in members if self._homes[tensor.name] is Tier.DISK]
         if self._space.is_direct and not any(self._is_pushed(tensor) for tensor in disk):
-            runs, plan.in_place, plan.host_bytes = _runs(disk)
-            plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
+            runs, plan.in_place, plan.host_bytes = runs_of(disk)
+            plan.pieces = [Piece([part]) for run in runs for part in parts_of(run)]
             moved = []
         else:
-            plan.pieces, moved = _cut(_in_file_order(disk), self._piece_bytes), disk
+            plan.pieces, moved = cut(in_file_order(disk), self._piece_bytes), disk
         held = [t for t in members if t.is_quantized and not t.is_late and self._homes[t.name] is Tier.DEVICE]
         at = 0
         for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t)), *held):
@@ -464,7 +335,7 @@ class WeightStore:
         plan.device_bytes = at
         plan.from_codes = [t for t in members if t.is_quantized and t.name not in plan.pushed]
         pushed = {t: t.offsets(place) for t, place in plan.host if t.name in plan.pushed}
-        plan.pieces += _cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
+        plan.pieces += cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
         return plan
 
     def _is_pushed(self, tensor: StoredTensor) -> bool:
@@ -542,92 +413,3 @@ class WeightStore:
 def _room(nbytes: int) -> torch.Tensor:
     """Memory for a resident tensor; a small one would waste the rest of its page."""
     return host_memory(nbytes) if nbytes >= _LARGE_BYTES else torch.empty(nbytes, dtype=torch.uint8)
-
-
-def _unit(tensor: StoredTensor) -> tuple[int, list[int]]:
-    """What a tensor may be cut into, elements or rows: how many there are, and their bytes in each part."""
-    extent = tensor.extent
-    if isinstance(extent, QuantizedExtent):
-        return extent.rows, [extent.row_bytes(part) for part in extent.parts]
-    size = tensor.stored_dtype.itemsize
-    return tensor.stored_bytes // size, [size]
-
-
-def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, Sequence[int]]], int]:
-    """Groups extents into long reads, and says where in a buffer each part of a tensor lands, and how large that is."""
-    runs: list[_Run] = []
-    parts = sorted({part for t in tensors for part in t.parts}, key=lambda part: (str(part.file), part.offset))
-    at = {part: _add_run(runs, part.file, part.offset, part.nbytes) for part in parts}
-    places: list[tuple[StoredTensor, Sequence[int]]] = [(tensor, [at[part] for part in tensor.parts]) for tensor in tensors]
-    return runs, places, round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
-
-
-def _in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
-    return sorted(tensors, key=lambda tensor: (str(tensor.extent.file), tensor.extent.offset))
-
-
-def _parts(run: _Run) -> Iterator[_Run]:
-    """A long read in parts that begin on pages of the file, so that no two of them touch the same page."""
-    done = 0
-    while done < run.nbytes:
-        size = min(PIECE_BYTES - (run.offset + done) % PAGE, run.nbytes - done)
-        yield _Run(run.file, run.offset + done, size, run.at + done)
-        done += size
-
-
-def _cut(
-    tensors: Sequence[StoredTensor], nbytes: int, held: Mapping[StoredTensor, Sequence[int]] | None = None
-) -> list[_Piece]:
-    """Cuts tensors into pieces, between elements or rows; short tensors share one.
-
-    Args:
-        tensors: what is to be moved.
-        nbytes: about how large a piece is to be.
-        held: where each part of a tensor is in the host arena (nowhere, if it is on the device); None if they are read
-            from their files through staging.
-    """
-    pieces: list[_Piece] = []
-    filled = nbytes
-    for tensor in tensors:
-        total, sizes = _unit(tensor)
-        size, first = sum(sizes), 0
-        while first < total:
-            room = (nbytes - filled) // size
-            if room <= 0:
-                pieces.append(_Piece())
-                filled, room = 0, max(1, nbytes // size)
-            piece, count = pieces[-1], min(room, total - first)
-            if held is None:
-                at = _read_parts(piece, tensor, first, count)
-                filled = piece.runs[-1].at + piece.runs[-1].nbytes
-            else:
-                at = tuple(begin + first * unit for begin, unit in zip(held[tensor], sizes, strict=False))
-                filled += count * size
-            piece.segments.append(_Segment(tensor, first, count, at))
-            first += count
-    return pieces
-
-
-def _read_parts(piece: _Piece, tensor: StoredTensor, first: int, count: int) -> tuple[int, ...]:
-    """Adds elements or rows of a tensor to what a piece reads; returns where the bytes of each part land."""
-    _, sizes = _unit(tensor)
-    places = {}
-    for part, size in sorted(zip(tensor.parts, sizes, strict=True), key=lambda item: item[0].offset):
-        places[part] = _add_run(piece.runs, part.file, part.offset + first * size, count * size)
-    return tuple(places[part] for part in tensor.parts)
-
-
-def _add_run(runs: list[_Run], file: Path, offset: int, nbytes: int) -> int:
-    """Adds an extent to the reads of a buffer, joined to the last one if it is near; returns where its bytes land.
-
-    A run begins in the buffer at the same distance from a page boundary as in the file, so that the file's alignment
-    carries over.
-    """
-    last = runs[-1] if runs else None
-    end = last.offset + last.nbytes if last is not None else 0
-    if last is not None and last.file == file and 0 <= offset - end <= _GAP_BYTES:
-        runs[-1] = dataclasses.replace(last, nbytes=offset + nbytes - last.offset)
-    else:
-        at = round_up(last.at + last.nbytes) if last is not None else 0
-        runs.append(_Run(file, offset, nbytes, at + offset % PAGE))
-    return runs[-1].at + offset - runs[-1].offset

@@ -9,6 +9,7 @@ all tokens of the block that chose it, when its weights are there. Knows modules
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -271,7 +272,8 @@ class Experts:
                 return self._dequantized_tiles.linear(x, *codes[name], None)
             if is_transposed:
                 return x @ tensors[name]
-            names = [name] if name in tensors else sorted(n for n in tensors if n.startswith(f"{name}."))
+            apart = (part_name(f"{mixture.name}.{matrix}", expert, number) for number in itertools.count())
+            names = [name] if name in tensors else list(itertools.takewhile(tensors.__contains__, apart))
             for part in names:
                 self._weights.casts[part] += tensors[part].dtype != x.dtype
             outs = [self._tiles.linear(x, tensors[part], None) for part in names]

@@ -61,8 +61,9 @@ class Schedule:
     of all.
 
     Which experts a layer needs is known only when its routers have run. So the steps are listed while they are run: at
-    a router, whoever takes them is asked (`choose`), and computes everything that is listed before it answers. Experts
-    are loaded from the first micro-batch's answer on, as far as their ring reaches, and computed once all have answered.
+    a router, whoever takes them is asked (`choose`), and computes everything that is listed before it answers.
+    Experts are loaded from the first micro-batch's answer on, as far as their ring reaches, and computed once all
+    have answered.
 
     It remembers which step needs each slot last, from one sweep to the next: the last cells of a sweep may still be on
     their way to disk when the next one begins.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from flexgen_hf.architectures import describe
 from flexgen_hf.bench import emulated
 from flexgen_hf.experts import find_mixtures
 from flexgen_hf.planning.schedule import Lane, What
+from flexgen_hf.weights.format import TensorExtent
+from flexgen_hf.weights.stacked import find_stacked
 from flexgen_hf.weights.tensors import Unit
 
 from .comparison import (
@@ -364,3 +367,47 @@ def test_fused_and_separate_experts_give_the_same(mixtral: Path, plain: Any, tmp
         (fused,) = (t for t in ours._executor.weights.stored if t.name == "model.layers.0.mlp.experts.gate_up_proj")
         assert len(fused.parts) == 1
         assert {Unit(1, expert) for expert in range(8)} <= set(ours._executor.weights.units.values())
+
+
+def sources(shape: tuple[int, ...] = (5, 7)) -> dict[str, TensorExtent]:
+    size = 2 * shape[0] * shape[1]
+    return {f"{expert}.{part}": TensorExtent(Path("file"), size * (2 * expert + at), size, "F16", shape)
+            for expert in range(3) for at, part in enumerate(("gate", "up"))}  # fmt: skip
+
+
+def stacked(trial: Mapping[str, torch.Tensor], *, order: Sequence[str] = ("gate", "up")) -> torch.Tensor:
+    return torch.stack([torch.cat([trial[f"{expert}.{part}"] for part in order]) for expert in (0, 1, 2)])
+
+
+@pytest.mark.parametrize("order", [("gate", "up"), ("up", "gate")])
+def test_what_a_conversion_stacks_is_found_by_trying(order: Sequence[str]) -> None:
+    lying = sources()
+    found = find_stacked(lying, functools.partial(stacked, order=order))
+    assert found is not None
+    assert found.shape == (3, 10, 7)
+    assert found.matrices == tuple(tuple(lying[f"{expert}.{part}"] for part in order) for expert in (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda trial: stacked(trial).transpose(1, 2),
+        lambda trial: stacked({name: value.t().reshape(2, 3) for name, value in trial.items()}),
+        lambda trial: stacked(trial)[:, [0, 2, 1, 3]],
+        lambda trial: stacked(trial) * 2,
+        lambda trial: stacked(trial)[:2],
+        lambda trial: stacked(trial, order=("gate", "gate")),
+        lambda trial: stacked(trial)[0],
+        lambda trial: 1 / 0,
+    ],
+    ids=["transposed", "each transposed", "interleaved", "scaled", "one lost", "one twice", "no stack", "refused"],
+)
+def test_what_a_conversion_does_besides_is_noticed(convert: Any) -> None:
+    assert find_stacked(sources(), convert) is None
+
+
+def test_matrices_that_differ_are_no_stack() -> None:
+    other = {**sources(), "2.up": TensorExtent(Path("file"), 0, 70, "BF16", (5, 7))}
+    assert find_stacked(other, stacked) is None
+    unequal = {**sources(), "2.up": TensorExtent(Path("file"), 0, 84, "F16", (6, 7))}
+    assert find_stacked(unequal, stacked) is None

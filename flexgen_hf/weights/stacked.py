@@ -95,8 +95,8 @@ def find_stacked(
 
 
 def _checked(matrices: Sequence[Sequence[TensorExtent]], count: int) -> StackedExtent | None:
-    """Nothing where a source was not found again, or matrices differ in their parts."""
+    """Nothing where a source was not found again, or was found twice, or matrices differ in their parts."""
     shapes = {tuple(part.shape for part in matrix) for matrix in matrices}
-    if sum(map(len, matrices)) != count or len(shapes) != 1:
+    if len({part for matrix in matrices for part in matrix}) != count or len(shapes) != 1:
         return None
     return StackedExtent(tuple(map(tuple, matrices)))

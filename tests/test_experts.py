@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 from flexgen_hf import Placement, Policy, StepError, Tier, UnsupportedModelError
 from flexgen_hf.architectures import describe
 from flexgen_hf.bench import emulated
-from flexgen_hf.experts import find_mixtures
+from flexgen_hf.experts import Mixture, find_mixtures
 from flexgen_hf.planning.schedule import Lane, What
 from flexgen_hf.weights.format import TensorExtent
 from flexgen_hf.weights.stacked import find_stacked
@@ -34,6 +34,7 @@ from .comparison import (
     quantized_in,
     ragged,
     same_tokens,
+    same_values,
     save_tiny,
 )
 from .tiny import flexgen_threads
@@ -196,6 +197,20 @@ def test_what_is_taken_is_what_is_predicted(in_16_bit: Path) -> None:
             for tier, what in {(need.tier, need.what) for need in needs}:
                 wanted = sum(need.nbytes for need in needs if (need.tier, need.what) == (tier, what))
                 assert executor.space.ledger.held_as(tier, what) == wanted
+
+
+def test_more_tokens_than_a_micro_batch_has_go_in_parts(
+    mixtral: Path, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexgen_hf.experts.ROWS_AT_ONCE", 1)
+    products: list[int] = []
+    apply = Mixture.apply
+    monkeypatch.setattr(Mixture, "apply", lambda *args: products.append(len(args[2])) or apply(*args))
+    with load_ours(mixtral, Policy.parse("0 0 100 0 100 0", batch_size=1, num_batches=6)) as ours, torch.no_grad():
+        same_values(plain(**ragged([12] * 6)).logits, ours(**ragged([12] * 6)).logits)
+    assert max(products) == 12  # the tokens of a micro-batch
+    assert sum(products) == 6 * 12 * 2 * 3
+    assert len(products) > 3 * 8  # some experts had more
 
 
 # ------------------------------------------------------------------------------------------------------ what is loaded

@@ -233,12 +233,16 @@ class WeightLayout:
         yield from itertools.chain.from_iterable(experts.values() for experts in self._experts)
 
     def _rounding(self) -> Iterator[Need]:
-        """Of a model that is known by its configuration, vectors are counted together; each may go another way."""
+        """Of a model that is known by its configuration, vectors are counted together; each may go another way.
+
+        Where experts are apart, little is left of a layer, and a vector may begin a page of its own on the host.
+        """
         most = max((t.stored_bytes for t in self._tensors if t.moves and not t.is_matrix), default=0)
         total = sum(self.placement.values())
         for tier, size in self.placement.items():
             if 0 < size < total:
-                yield Need(tier, most, "weights")
+                sparse = sum(map(bool, self._experts)) if tier is Tier.HOST else 0
+                yield Need(tier, most + sparse * PAGE, "weights")
 
     def _cast_late(self, tensors: Sequence[PlannedTensor], *, one_batch: bool) -> list[PlannedTensor]:
         """Of tables and experts, and with one micro-batch of all matrices, tiles are made where they are used."""
@@ -293,11 +297,19 @@ class WeightLayout:
         ]
 
     def _read_in_place(self, members: Sequence[tuple[PlannedTensor, Tier]]) -> int:
-        """Room on the host for what of a stage is read where it is used; a run of tensors begins and ends in a page."""
+        """Room on the host for what of a stage is read where it is used; a run of tensors begins and ends in a page.
+
+        An expert's matrices lie among those of the others, codes apart from scales and minima; experts lie among what
+        else their layer has.
+        """
         if not self._reads_in_place(members):
             return 0
-        total = sum(tensor.stored_bytes for tensor, home in members if home is Tier.DISK)
+        read = [tensor for tensor, home in members if home is Tier.DISK]
+        if read and read[0].expert >= 0:
+            return sum(pages(tensor.stored_bytes) + (3 if tensor.is_quantized else 1) * PAGE for tensor in read)
         runs = sum(is_disk for is_disk, _ in itertools.groupby(members, lambda pair: pair[1] is Tier.DISK))
+        runs += bool(read and self._experts[read[0].stage])
+        total = sum(tensor.stored_bytes for tensor in read)
         return pages(total) + runs * PAGE if total else 0
 
     def _pushed_room(self, members: Sequence[tuple[PlannedTensor, Tier]]) -> int:
@@ -315,14 +327,19 @@ class WeightLayout:
 
     @functools.cached_property
     def _staging_bytes(self) -> int:
-        """Size of a buffer that pieces from disk pass through; they begin as far from a page as in their file."""
+        """Size of a buffer that pieces from disk pass through.
+
+        What is read by one request begins as far from a page as in its file, and an expert's matrices lie apart.
+        """
         passing = [
             sum(tensor.stored_bytes for tensor, home in members if home is Tier.DISK)
             for members in self._units
             if not self._reads_in_place(members)
         ]
         largest = max(passing, default=0)
-        return pages(min(largest, self.piece_bytes)) + PAGE if largest else 0
+        experts = [members for of in self._experts for members in of.values()]
+        apart = max((sum(3 if t.is_quantized else 1 for t, _ in members) for members in experts), default=0)
+        return pages(min(largest, self.piece_bytes)) + (1 + apart) * PAGE if largest else 0
 
 
 def _homes(tensors: Sequence[PlannedTensor], policy: Policy) -> list[Tier]:

@@ -205,7 +205,12 @@ def test_more_tokens_than_a_micro_batch_has_go_in_parts(
     monkeypatch.setattr("flexgen_hf.experts.ROWS_AT_ONCE", 1)
     products: list[int] = []
     apply = Mixture.apply
-    monkeypatch.setattr(Mixture, "apply", lambda *args: products.append(len(args[2])) or apply(*args))
+
+    def noted(mixture: Mixture, expert: int, x: torch.Tensor, multiply: Any) -> torch.Tensor:
+        products.append(len(x))
+        return apply(mixture, expert, x, multiply)
+
+    monkeypatch.setattr(Mixture, "apply", noted)
     with load_ours(mixtral, Policy.parse("0 0 100 0 100 0", batch_size=1, num_batches=6)) as ours, torch.no_grad():
         same_values(plain(**ragged([12] * 6)).logits, ours(**ragged([12] * 6)).logits)
     assert max(products) == 12  # the tokens of a micro-batch

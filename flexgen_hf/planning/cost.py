@@ -378,23 +378,29 @@ class PlannedRun:
         lanes[Lane.COMPUTE] += self.head_s()
         return lanes
 
-    def weight_lanes(self, sweep: Sweep) -> Lanes:
-        """Seconds of each lane for all weights; a table that embedding and head share only in the first sweep.
+    def pieces(self, sweep: Sweep) -> Mapping[Piece, int]:
+        """The pieces of weights that move in a sweep, and how many there are of each kind.
 
-        Of experts, those that a block is expected to choose; their products are in here too.
+        A table that embedding and head share is among them in the first sweep only, and of experts those that a block
+        is expected to choose.
         """
-        lanes = dict.fromkeys(Lane, 0.0)
         counts: collections.Counter[Piece] = collections.Counter()
         for pieces in self.layout.stages[1 if self.shape.tied and sweep.past else 0 :]:
             counts.update(pieces)
         for stage, experts in enumerate(self.layout.experts):
-            chosen = self.chosen(stage, len(self.batches), sweep) if experts else []
-            for expert in chosen:
+            for expert in self.chosen(stage, len(self.batches), sweep) if experts else ():
                 counts.update(experts[expert])
-            if chosen:
+        return counts
+
+    def weight_lanes(self, sweep: Sweep) -> Lanes:
+        """Seconds of each lane for all weights that a sweep needs, and of the products with experts."""
+        lanes = dict.fromkeys(Lane, 0.0)
+        for stage, experts in enumerate(self.layout.experts):
+            if experts:
                 rest = len(self.batches) * self.hardware.compute_s / 4
-                lanes[Lane.COMPUTE] += len(chosen) * self.expert_s(stage, sweep) + rest
-        for piece, count in counts.items():
+                count = len(self.chosen(stage, len(self.batches), sweep))
+                lanes[Lane.COMPUTE] += count * self.expert_s(stage, sweep) + rest
+        for piece, count in self.pieces(sweep).items():
             if piece.read:
                 lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, piece)
             if piece.pushes:

@@ -129,7 +129,7 @@ class LayerShape:
     @functools.cached_property
     def expert_elements(self) -> int:
         """Elements of one expert's matrices."""
-        return sum(t.elements // self.num_experts for t in self.experts)
+        return sum(t.elements // t.shape[0] for t in self.experts)
 
     def chosen_experts(self, tokens: int) -> int:
         """How many experts `tokens` tokens are expected to choose together, if each chooses at random."""

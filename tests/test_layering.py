@@ -23,6 +23,8 @@ ROWS = (
     {"progress", "microbatches", "experts"},
     {"accounting", "padding"},
     {"executor"},
+    {"checkpoint_files"},
+    {"gguf_files", "prequantized"},
     {"checkpoints"},
     {"loading", "modeling"},
     {"__init__"},
@@ -59,10 +61,17 @@ FORBIDDEN = {
 }
 
 # transformers' less public modules change without notice; these parts may touch them
-INTERNALS = ("transformers.quantizers", "transformers.modeling_utils", "transformers.core_model_loading")
+INTERNALS = (
+    "transformers.quantizers",
+    "transformers.modeling_utils",
+    "transformers.core_model_loading",
+    "transformers.modeling_gguf_pytorch_utils",
+)
 TOUCHES_INTERNALS = {
     "loading": "it enters transformers' from_pretrained through its quantizer registry",
     "modeling": "it subclasses transformers' models",
+    "prequantized": "what brings the operations that dequantize into the mapping of a checkpoint is in there",
+    "gguf_files": "transformers' reader of GGUF files can only read them whole; its rules are taken from it one by one",
     "checkpoints": "transformers describes there how checkpoint tensors are renamed and fused into the model's",
 }
 

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from .checkpoint_files import CheckpointTensor, index_files, source_fingerprint,
 from .checkpoints import plan_shards, planned_quantizing, read_checkpoint, target_dtype
 from .errors import PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
+from .experts import Mixture, find_mixtures
 from .modeling import attach
 from .planning.budget import Call, Demand, Limit, alternatives, difference, fits, rings_of, totals
 from .planning.placement import assign
@@ -50,12 +51,17 @@ from .storage.buffers import return_freed_memory
 from .storage.files import check_offload_folder
 from .storage.ledger import Ledger
 from .storage.workspace import Workspace, default_device
+from .weights.experts import split
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent
 from .weights.quantized import LAYOUT_VERSION, QuantizedExtent, Quantizing
-from .weights.store import StoredTensor, WeightStore
+from .weights.stacked import StackedExtent
+from .weights.store import WeightStore
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["METHOD", "register"]
+
+_Extent = TensorExtent | QuantizedExtent | StackedExtent
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +282,7 @@ class _Checkpoint:
     ) -> None:
         self._structure, self._found, self._files, self._dtype = structure, found, files, dtype
 
-    def extents(self, compression: Compression, folder: Path) -> dict[str, TensorExtent | QuantizedExtent]:
+    def extents(self, compression: Compression, folder: Path) -> dict[str, _Extent]:
         """Where each tensor's bytes lie. A checkpoint whose bytes do not lie in files as needed is converted once.
 
         Args:
@@ -290,15 +296,21 @@ class _Checkpoint:
         stored = {name: t.quantized.format for name, t in self._found.items() if t.quantized is not None}
         if stored and compression.of_weights:
             _refuse_other_formats({name: how.format for name, how in wanted.items()}, stored)
-        lying = {name: t.quantized or t.extent for name, t in self._found.items()}
+        apart = self._may_lie_apart()
+        lying: dict[str, _Extent | None] = {
+            name: t.quantized or t.extent or (t.stacked if name in apart else None) for name, t in self._found.items()
+        }
         extents = {name: extent for name, extent in lying.items() if extent is not None}
         if len(extents) == len(lying) and (stored or not wanted):
             return extents
         return self._converted(folder, wanted)
 
-    def _converted(
-        self, folder: Path, quantizing: Mapping[str, Quantizing]
-    ) -> dict[str, TensorExtent | QuantizedExtent]:
+    def _may_lie_apart(self) -> set[str]:
+        """The tensors of which each expert's matrix is used by itself, and its rows in several parts."""
+        mixtures = find_mixtures(self._structure.layers, self._structure.layers_name).values()
+        return {name for mixture in mixtures if not mixture.is_transposed for name in mixture.tensors}
+
+    def _converted(self, folder: Path, quantizing: Mapping[str, Quantizing]) -> dict[str, _Extent]:
         fingerprint = source_fingerprint(self._files)
         dtype = str(self._dtype).removeprefix("torch.")
         label = re.sub(r"\W+", "-", str(getattr(self._structure.model.config, "name_or_path", ""))).strip("-")[-60:]
@@ -308,7 +320,7 @@ class _Checkpoint:
         plans = plan_shards(self._structure, self._found, self._dtypes(bool(quantizing)), quantizing)
         write_store(out, plans, Origin(str(self._files[0].parent), None, dtype, fingerprint))
         shards = [out / shard.file for shard in Manifest.load(out).shards]
-        found = {name: t.quantized or t.extent for name, t in index_files(shards).items()}
+        found: dict[str, _Extent | None] = {n: t.quantized or t.extent for n, t in index_files(shards).items()}
         return {name: extent for name, extent in found.items() if extent is not None}
 
     def _dtypes(self, is_quantized: bool) -> dict[str, torch.dtype]:
@@ -359,8 +371,10 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     if space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
         return_freed_memory()
     one_batch = (given.num_batches if given is not None else options.num_batches) == 1
-    place = functools.partial(_store, structure, tensors, space, one_batch=one_batch)
+    mixtures = find_mixtures(structure.layers, structure.layers_name)
+    place = functools.partial(_store, structure, tensors, space, mixtures=mixtures.values(), one_batch=one_batch)
     demand = _demand(model, structure, tensors, space, compression, place)
+    demand = dataclasses.replace(demand, shape=dataclasses.replace(demand.shape, waits_for_experts=bool(mixtures)))
     policy = given or _default_policy(demand, options, [*ledger.limits(), *_free_memory(ledger, device)], model.config)
     policy = policy.replace(compression=compression)
     if policy.host_attention and not space.is_direct:  # on a CPU, cells on the host are attended to there anyway
@@ -377,23 +391,35 @@ def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], opt
     except BaseException:
         store.close()
         raise
-    attach(model, Executor(model, structure, store, policy, space), demand)
+    by_stage = {layer + 1: mixture for layer, mixture in mixtures.items()}
+    attach(model, Executor(model, structure, store, policy, space, by_stage), demand)
 
 
 def _store(
-    structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, placement: Placement, *, one_batch: bool
+    structure: Structure,
+    whole: Sequence[StoredTensor],
+    space: Workspace,
+    placement: Placement,
+    *,
+    mixtures: Collection[Mixture],
+    one_batch: bool,
 ) -> WeightStore:
     """The weights as they would be placed; nothing is read or allocated yet."""
+    tensors = split(whole, {name for mixture in mixtures for name in mixture.tensors})
     tables = structure.tables({t.name for t in tensors})
     streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
     fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
     homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
+    if space.is_direct:
+        late = _late_names(tensors, structure, tables, mixtures, one_batch)
+        tensors = [_cast_late(tensor, homes) if tensor.name in late else tensor for tensor in tensors]
     return WeightStore(
-        _at_tables(_cast_late(tensors, structure, homes, tables, one_batch) if space.is_direct else tensors, tables),
+        _at_tables(tensors, tables),
         homes,
         num_stages=structure.num_stages,
         tied=_is_tied(structure),
         space=space,
+        whole=_at_tables(whole, tables),
     )
 
 
@@ -441,35 +467,40 @@ def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> li
     return [dataclasses.replace(t, stage=tables[t.name]) if t.name in tables else t for t in tensors]
 
 
-def _cast_late(
+def _late_names(
     tensors: Sequence[StoredTensor],
     structure: Structure,
-    homes: Mapping[str, Tier],
     tables: Mapping[str, int],
+    mixtures: Collection[Mixture],
     one_batch: bool,
-) -> list[StoredTensor]:
-    """Keeps in their stored dtype, or in codes, what the executor casts or dequantizes where it is used, tile by tile.
+) -> set[str]:
+    """What the executor casts or dequantizes where it is used, tile by tile, so that it is kept in its stored form.
 
     Of the tables, a whole copy in the dtype of compute would be the largest buffer of all. A layer's matrices are
     used in this way if there is one micro-batch: a tile that stays in the processor's cache costs less than a copy
-    that is written to memory and read back. With more of them, one copy made on the way serves all.
+    that is written to memory and read back. With more of them, one copy made on the way serves all. An expert is used
+    once for all micro-batches, so it needs no copy however many there are.
     Only plain modules allow it: one that computes more with its weight (scales it, say) must see the right dtype.
     """
     model: Any = structure.model
     plain = type(model.get_input_embeddings()) is nn.Embedding and type(model.get_output_embeddings()) is nn.Linear
-    late = {name for name in tables if plain}
+    late = {t.name for t in tensors if t.name in tables and plain and not t.is_quantized}
+    fused = {name for mixture in mixtures if not mixture.is_transposed for name in mixture.tensors}
+    late |= {t.name for t in tensors if t.expert >= 0 and t.name.partition("[")[0] in fused}
     if one_batch:
         for index, layer in enumerate(structure.layers):
             prefix = f"{structure.layers_name}.{index}"
             late |= {f"{prefix}.{name}.weight" for name, part in layer.named_modules() if type(part) is nn.Linear}
-    found = []
-    for tensor in tensors:
-        if tensor.name in late - tables.keys() and tensor.is_quantized:
-            tensor = dataclasses.replace(tensor, is_late=True)  # noqa: PLW2901
-        elif tensor.name in late and tensor.is_cast and homes.get(tensor.name, Tier.DEVICE) is not Tier.DEVICE:
-            tensor = dataclasses.replace(tensor, dtype=tensor.stored_dtype, is_late=True)  # noqa: PLW2901
-        found.append(tensor)
-    return found
+    return late
+
+
+def _cast_late(tensor: StoredTensor, homes: Mapping[str, Tier]) -> StoredTensor:
+    """The tensor as it is kept to be cast or dequantized where it is used. What is on the device is cast already."""
+    if tensor.is_quantized:
+        return dataclasses.replace(tensor, is_late=True)
+    if tensor.is_cast and homes.get(tensor.name, Tier.DEVICE) is not Tier.DEVICE:
+        return dataclasses.replace(tensor, dtype=tensor.stored_dtype, is_late=True)
+    return tensor
 
 
 def _is_tied(structure: Structure) -> bool:

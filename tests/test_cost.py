@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, MixtralConfig, OPTConfig
 
 from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
-from flexgen_hf.bench.shapes import write_random_checkpoint
+from flexgen_hf.bench.shapes import shape_fields, write_random_checkpoint
 from flexgen_hf.planning.budget import PINNED_BYTES
 from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
 from flexgen_hf.planning.hardware import Hardware, constant
@@ -32,14 +32,15 @@ POLICIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["OPT", "Llama in 16 bit"])
+@pytest.fixture(scope="module", params=["OPT", "Llama in 16 bit", "Mixtral in 16 bit"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for pages to be small beside what lies in them."""
     sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     if request.param == "OPT":
         config: Any = OPTConfig(**sizes, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=128)
         return write_random_checkpoint(tmp_path_factory.mktemp("model"), config, torch.float32)
-    config = LlamaConfig(**sizes, intermediate_size=344, num_key_value_heads=2, max_position_embeddings=128)
+    sizes |= {"intermediate_size": 344, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(**sizes) if request.param.startswith("Llama") else MixtralConfig(**sizes, num_local_experts=4)
     return write_random_checkpoint(tmp_path_factory.mktemp("model"), config, torch.float16)
 
 
@@ -94,6 +95,23 @@ def test_attention_on_the_host_moves_no_cache() -> None:
     decode = Sweep(1, 128)
     assert stays.lanes(decode)[Lane.HOST_TO_DEVICE] == 0 < moved.lanes(decode)[Lane.HOST_TO_DEVICE]
     assert stays.lanes(decode)[Lane.COMPUTE] > moved.lanes(decode)[Lane.COMPUTE]
+
+
+def test_of_experts_those_are_read_that_a_block_is_expected_to_choose() -> None:
+    shape = ModelShape.from_config(shape_fields("mixtral-0.8b"))
+    (layer,) = set(shape.layers)
+    apart = shape.num_parameters - 8 * 8 * layer.expert_elements
+    for rows, experts in ((1, 2), (2, 4), (64, 8)):
+        policy = Policy.parse("0 0 100 0 100 0", batch_size=rows)
+        planned = PlannedRun(shape, preset("cpu2"), policy, Workload(128, 32))
+        pieces = [piece for stage in planned.layout.stages for piece in stage]
+        chosen = planned.chosen(1, 1, Sweep(1, 128))
+        pieces += [piece for expert in chosen for piece in planned.layout.experts[1][expert]] * 8
+        assert len(chosen) == experts
+        assert sum(p.read for p in pieces) == pytest.approx(2 * (apart + 8 * experts * layer.expert_elements), rel=1e-3)
+        lanes = planned.lanes(Sweep(1, 128))
+        link = preset("cpu2").link(Lane.DISK_TO_HOST)
+        assert lanes[Lane.DISK_TO_HOST] == pytest.approx(sum(p.read for p in pieces) / link.at(1 << 30), rel=0.2)
 
 
 def test_compression_trades_bytes_for_unpacking() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from flexgen_hf import Compression, Policy, Tier
+from flexgen_hf.bench.shapes import shape_fields
 from flexgen_hf.planning.cost import PlannedRun, Prediction, Sweep, Workload, predict
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.layout import Piece, PlannedTensor
@@ -21,7 +22,7 @@ from flexgen_hf.planning.presets import PRESETS, preset
 from flexgen_hf.planning.schedule import Lane, Step, StepId, What
 from flexgen_hf.planning.shape import ModelShape, read_config
 from flexgen_hf.planning.simulate import every_sweep, play, simulate, steps_of
-from flexgen_hf.weights.store import StoredTensor
+from flexgen_hf.weights.tensors import StoredTensor
 
 from .test_budget import placements
 from .tiny import batch, greedy, load, pretend_accelerator, write_tiny_opt
@@ -185,6 +186,25 @@ def test_the_closed_form_is_the_simulation_nearly(policy: Policy) -> None:
         assert fast.decode_lanes[lane] == pytest.approx(exact.decode_lanes[lane], rel=0.02, abs=0.02)
     assert fast.seconds <= exact.seconds * 1.02
     assert exact.seconds <= fast.seconds * 1.4
+
+
+@pytest.mark.parametrize("way_of", ["t4", "cpu2"])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_of_experts_those_are_simulated_that_a_block_is_expected_to_choose(way_of: str, batches: int) -> None:
+    """Each is loaded and computed once; the closed form has the same work."""
+    shape = ModelShape.from_config(shape_fields("mixtral-0.8b"))
+    policy = Policy.parse("20 30 0 100 0 100", batch_size=4 // batches, num_batches=batches)
+    run = PlannedRun(shape, preset(way_of), policy, Workload(64, 16), pieces=4)
+    prompt, token = steps_of(run, [Sweep(64, 0), Sweep(1, 64)])
+    for steps, count in ((prompt, 8), (token, round(8 * (1 - 0.75**4)))):
+        computed = [s.id for s in steps if s.id.what is What.EXPERT and s.id.lane is Lane.COMPUTE]
+        assert len(computed) == len(set(computed)) == 8 * count
+        loaded = {(s.id.stage, s.id.batch) for s in steps if s.id.what is What.EXPERT and s.id.lane is not Lane.COMPUTE}
+        assert loaded <= {(name.stage, name.batch) for name in computed}
+    fast, exact = predict(run), simulate(run)
+    for lane in Lane:
+        assert fast.decode_lanes[lane] == pytest.approx(exact.decode_lanes[lane], rel=0.02, abs=0.02)
+    assert fast.seconds <= exact.seconds * 1.02
 
 
 def test_a_lane_that_is_twice_as_fast_takes_half() -> None:

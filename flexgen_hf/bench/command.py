@@ -33,7 +33,8 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
             show_default=False,
             help="A model folder, or a shape, which gets random weights: tiny, opt-125m, opt-350m, opt-1.3b, "
             "opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b; "
-            "opt-30b-like and opt-175b-like have the proportions of the large ones at a small size. "
+            "opt-30b-like and opt-175b-like have the proportions of the large ones at a small size, mixtral-0.8b has "
+            "experts. "
             "`opt-1.3b:6` is that shape with 6 layers. With --validate-plan there may be several, as `tiny,tiny:2`.",
         ),
     ] = None,

@@ -19,9 +19,9 @@ from ..errors import PolicyError
 from ..policy import Policy, Tier
 from .budget import Call, Demand, Limit, rings_of
 from .hardware import Hardware
-from .layout import PlannedTensor, WeightLayout, tensors_of
+from .layout import Piece, PlannedTensor, WeightLayout, tensors_of
 from .placement import assign
-from .schedule import Lane, Route, Step, Traffic, What
+from .schedule import Choose, Lane, Route, Step, Traffic, What
 from .shape import LayerShape, ModelShape
 
 __all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "crossed", "limits_of", "predict"]
@@ -36,6 +36,8 @@ _INNER_RESULTS = 2
 
 # Logits are cast or copied to float32 and read for the largest.
 _LOGITS_PASSES = 3
+
+_GOLDEN = 0.6180339887
 
 # What embeds a micro-batch's tokens goes through their states a few times.
 _EMBEDDING_PASSES = 4
@@ -240,7 +242,24 @@ class PlannedRun:
             hidden=tuple(self.hidden_route(home) for home in self.hidden),
             fresh_cache=fresh,
             tied=self.shape.tied,
+            sparse=frozenset(stage for stage, experts in enumerate(self.layout.experts) if experts),
         )
+
+    def chosen(self, stage: int, batches: int, sweep: Sweep) -> list[int]:
+        """The experts that the first so many micro-batches are expected to choose, spread evenly over the tiers."""
+        count = self.shape.layers[stage - 1].chosen_experts(sum(self.batches[:batches]) * sweep.tokens)
+        # multiples of the golden ratio spread evenly, however many of them one takes
+        return sorted(self.layout.experts[stage], key=lambda expert: expert * _GOLDEN % 1)[:count]
+
+    def chooser(self, sweep: Sweep) -> Choose:
+        """What each micro-batch of a sweep is expected to choose that none before it did."""
+
+        def choose(stage: int, batch: int) -> list[tuple[int, tuple[Route, ...]]]:
+            known = len(self.chosen(stage, batch, sweep))
+            fresh = self.chosen(stage, batch + 1, sweep)[known:]
+            return [(e, tuple(piece.route for piece in self.layout.experts[stage][e])) for e in fresh]
+
+        return choose
 
     # -------------------------------------------------------------------------------------------- seconds of one step
     def seconds(self, step: Step, sweep: Sweep) -> float:
@@ -248,8 +267,13 @@ class PlannedRun:
         _, lane, what, stage, batch, piece = step.id
         if what is What.STAGE:
             return self._computed(stage, batch, sweep)
-        if what is What.WEIGHTS:
-            return self._weights_s(lane, stage, piece)
+        if what is What.REST:
+            return self.hardware.compute_s / 4
+        if what is What.EXPERT and lane is Lane.COMPUTE:
+            return self.expert_s(stage, sweep)
+        if what in (What.WEIGHTS, What.EXPERT):
+            pieces = self.layout.stages[stage] if what is What.WEIGHTS else self.layout.experts[stage][batch]
+            return self._weights_s(lane, pieces[piece])
         sweep = self.without_padding(sweep, self.paddings[batch])
         if what is What.CACHE:
             return self.cell_s(
@@ -264,8 +288,7 @@ class PlannedRun:
             return sweep
         return Sweep(sweep.tokens, sweep.past - padding) if sweep.past else Sweep(sweep.tokens - padding, 0)
 
-    def _weights_s(self, lane: Lane, stage: int, piece: int) -> float:
-        moved = self.layout.stages[stage][piece]
+    def _weights_s(self, lane: Lane, moved: Piece) -> float:
         if lane is Lane.DISK_TO_HOST:
             return self._moved_s(lane, moved.read)
         crossed = self._moved_s(lane, moved.pushed)
@@ -335,12 +358,11 @@ class PlannedRun:
         return self._products_s(table, table, rows, late)
 
     def layer_s(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> float:
-        """A decoder layer for a micro-batch whose cell has this home."""
+        """A decoder layer, experts left out, for a micro-batch whose cell has this home."""
         layer, tokens = self.shape.layers[stage - 1], rows * sweep.tokens
         late = self.layout.late[stage] / self.shape.stored_itemsize
-        products = self._products_s(
-            layer.used_elements, layer.touched_elements(tokens), tokens, late, self.layout.late_unpacked[stage]
-        )
+        shared = layer.shared_elements
+        products = self._products_s(shared, shared, tokens, late, self.layout.late_unpacked[stage])
         work = products + self._passes_s(tokens) + self.attention_s(layer, rows, home, sweep)
         # what a CPU's thread does beside its products takes time of its own; a device is told ahead what to do next
         return work + self.hardware.compute_s if self.direct else max(work, self.hardware.compute_s)
@@ -385,6 +407,18 @@ class PlannedRun:
         size = tokens * self.shape.itemsize
         return 2.0 * results * size / speed.at(size * self.shape.hidden_size)
 
+    def expert_s(self, stage: int, sweep: Sweep) -> float:
+        """One of the experts that a block chooses, for the tokens that choose it."""
+        layer, tokens = self.shape.layers[stage - 1], sum(self.batches) * sweep.tokens
+        choices = tokens * layer.experts[0].used * layer.num_experts
+        rows = max(1, round(choices / max(1, layer.chosen_experts(tokens))))
+        elements, late, packed = layer.expert_elements, 0.0, 0.0
+        if self.direct and self.policy.compression.weights is not None:
+            packed = elements
+        elif self.direct and self.shape.stored_itemsize != self.shape.itemsize:
+            late = elements
+        return self._products_s(elements, elements, rows, late, packed) + self.hardware.compute_s / 4
+
     def _product_s(self, used: float, touched: float, rows: int) -> float:
         """Products of so many rows with matrices: no faster than these are read."""
         computed = 2.0 * used * rows / self.hardware.matmul(self.shape.dtype, rows)
@@ -420,7 +454,7 @@ class PlannedRun:
     # ------------------------------------------------------------------------------------------------- in closed form
     def lanes(self, sweep: Sweep) -> Lanes:
         """Seconds at work of each lane in one sweep."""
-        lanes = self.weight_lanes(is_first=not sweep.past)
+        lanes = self.weight_lanes(sweep)
         for (stage, rows, padding, home), count in self._kinds_of_cells.items():
             own = self.without_padding(sweep, padding)
             for lane, seconds in self.cell_lanes(stage, rows, home, own).items():
@@ -433,18 +467,34 @@ class PlannedRun:
         lanes[Lane.COMPUTE] += self.head_s()
         return lanes
 
-    def weight_lanes(self, *, is_first: bool) -> Lanes:
-        """Seconds of each lane for all weights; a table that embedding and head share only in the first sweep."""
+    def pieces(self, sweep: Sweep) -> Mapping[Piece, int]:
+        """The pieces of weights that move in a sweep, and how many there are of each kind.
+
+        A table that embedding and head share is among them in the first sweep only, and of experts those that a block
+        is expected to choose.
+        """
+        counts: collections.Counter[Piece] = collections.Counter()
+        for pieces in self.layout.stages[1 if self.shape.tied and sweep.past else 0 :]:
+            counts.update(pieces)
+        for stage, experts in enumerate(self.layout.experts):
+            for expert in self.chosen(stage, len(self.batches), sweep) if experts else ():
+                counts.update(experts[expert])
+        return counts
+
+    def weight_lanes(self, sweep: Sweep) -> Lanes:
+        """Seconds of each lane for all weights that a sweep needs, and of the products with experts."""
         lanes = dict.fromkeys(Lane, 0.0)
         lanes[Lane.COMPUTE] = self.hardware.stage_s * sum(map(bool, self.layout.stages[1:-1]))
-        skipped = 1 if self.shape.tied and not is_first else 0
-        for stage, pieces in list(enumerate(self.layout.stages))[skipped:]:
-            for piece, count in collections.Counter(pieces).items():
-                number = pieces.index(piece)
-                if piece.read:
-                    lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, stage, number)
-                if piece.pushes:
-                    lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, stage, number)
+        for stage, experts in enumerate(self.layout.experts):
+            if experts:
+                rest = len(self.batches) * self.hardware.compute_s / 4
+                count = len(self.chosen(stage, len(self.batches), sweep))
+                lanes[Lane.COMPUTE] += count * self.expert_s(stage, sweep) + rest
+        for piece, count in self.pieces(sweep).items():
+            if piece.read:
+                lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, piece)
+            if piece.pushes:
+                lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, piece)
         return lanes
 
     def cell_lanes(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> Lanes:

@@ -189,7 +189,7 @@ class Planner:
         self.shape, self.hardware, self.workload, self.freedom = shape, hardware, workload, freedom
         self.limits = limits_of(hardware)
         self._tensors = tensors
-        self._corners: dict[tuple[Compression, bool, int, Tier], _Corner] = {}
+        self._corners: dict[tuple[Compression, bool, int, Tier, int], _Corner] = {}
         self._known: dict[Policy, Prediction] = {}  # by simulation
         self._worth: dict[tuple[Any, ...], float] = {}  # of the best policy of its kind
         self._layouts: dict[tuple[Placement, Compression, bool], WeightLayout] = {}
@@ -407,10 +407,13 @@ class Planner:
 
     def _corner(self, policy: Policy, tier: Tier) -> _Corner:
         """All weights on one tier."""
-        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, tier)
+        # with experts, a larger block needs more of the weights
+        block = policy.block_size if any(layer.experts for layer in self.shape.layers) else 0
+        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, tier, block)
         if key not in self._corners:
             run = self.run(policy.replace(weights=Placement.all_on(tier)))
-            lanes = (run.weight_lanes(is_first=True), run.weight_lanes(is_first=False))
+            prefill, decode = run.sweeps()
+            lanes = (run.weight_lanes(prefill), run.weight_lanes(decode or Sweep(1, self.workload.prompt_len)))
             self._corners[key] = _Corner(lanes, totals(run.layout.needs(run.rings)))
         return self._corners[key]
 

@@ -155,7 +155,7 @@ def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[list[Step]]:
         following = None
         if run.policy.overlap and number + 1 < len(sweeps):
             following = traffic.following(table_is_there=keeps_table)
-        yield list(schedule.steps(traffic, following))
+        yield list(schedule.steps(traffic, following, run.chooser(sweep)))
 
 
 def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False) -> Timeline:

@@ -266,12 +266,12 @@ class TestAsTransformersDoes:
         pair.append(2)
 
     def test_preallocated(self, pair):
-        pair.ours.preallocate(HEADS, DIM, torch.float32)
+        pair.ours.preallocate((HEADS, DIM), (HEADS, DIM), torch.float32)
         pair.append(3)
         pair.append(3)
 
     def test_preallocated_for_another_shape(self, pair):
-        pair.ours.preallocate(7, 5, torch.float16)
+        pair.ours.preallocate((7, 5), (7, 5), torch.float16)
         pair.append(3)
         pair.append(3)
 
@@ -402,7 +402,7 @@ class TestIn16Bit:
         for bits in (None, 16):
             options: dict[str, Any] = {"space": space, "capacity": 64, "dim": 64, "bits": bits}
             with contextlib.closing(Pair(tmp_path, [tier], rows=4, **options)) as pair:
-                pair.ours.preallocate(HEADS, 64, torch.float32)
+                pair.ours.preallocate((HEADS, 64), (HEADS, 64), torch.float32)
                 placed.append(pair.ours.placement()[tier])
                 held.append(pair.ledger.held(tier))
         assert placed == held
@@ -412,7 +412,7 @@ class TestIn16Bit:
     def test_slots_are_accounted_for_and_sized_once(self, tmp_path, space, tier):
         with contextlib.closing(Pair(tmp_path, [tier], rows=4, capacity=64, space=space, bits=16)) as pair:
             pair.value_dim = pair.dim
-            pair.ours.preallocate(HEADS, pair.dim, torch.float32)
+            pair.ours.preallocate((HEADS, pair.dim), (HEADS, pair.dim), torch.float32)
             home = pair.ours.cells().__next__().nbytes
             before = dict(pair.ledger.peaks())
             pair.append(60)
@@ -585,7 +585,7 @@ class TestBeams:
         options: dict[str, Any] = {"space": space, "dim": 64, "capacity": 600, "bits": bits}
         with contextlib.closing(Pair(tmp_path, homes, rows=8, batch_size=4, **options)) as pair:
             pair.value_dim = pair.dim
-            pair.ours.preallocate(HEADS, pair.dim, torch.float32)
+            pair.ours.preallocate((HEADS, pair.dim), (HEADS, pair.dim), torch.float32)
             pair.append(590)
             before = sum(pair.ledger.held(tier) for tier in Tier)
             pair.ledger.reset_peaks()
@@ -614,7 +614,7 @@ class TestBeams:
 class TestAccount:
     def test_preallocation_takes_what_is_needed(self, tmp_path):
         with contextlib.closing(Pair(tmp_path, HOMES["mixed"], capacity=100)) as pair:
-            pair.ours.preallocate(HEADS, DIM, torch.float32)
+            pair.ours.preallocate((HEADS, DIM), (HEADS, DIM), torch.float32)
             placement = pair.ours.placement()
             assert {tier: pair.ledger.held(tier) for tier in Tier} == placement
             before = pair.ledger.held(Tier.DISK)
@@ -626,7 +626,7 @@ class TestAccount:
     def test_a_tier_that_is_too_small_refuses_and_nothing_stays(self, tmp_path, tier):
         pair = Pair(tmp_path, [tier], capacity=100, ledger=Ledger({tier: 20_000}))
         with pytest.raises(CapacityError, match=f"the KV cache needs|KV cache needs .* the {tier} tier"):
-            pair.ours.preallocate(HEADS, DIM, torch.float32)
+            pair.ours.preallocate((HEADS, DIM), (HEADS, DIM), torch.float32)
         assert pair.ledger.held(tier) == 0
 
     def test_micro_batches_that_are_gone_give_back_their_memory(self, tmp_path):

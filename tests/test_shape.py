@@ -62,7 +62,8 @@ def test_matrices_are_counted_exactly_and_the_rest_nearly(case: tuple[Any, Model
 
 def test_the_cache_is_that_of_the_accounting(case: tuple[Any, ModelShape]) -> None:
     model, shape = case
-    assert (shape.key_heads, shape.head_dim) == cache_geometry(model.config)
+    states = shape.key_heads, shape.head_dim
+    assert (states, states) == cache_geometry(model.config)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "qwen3_moe", "gemma2", "falcon"])

@@ -232,7 +232,7 @@ class PlannedRun:
     def cell_s(self, lane: Lane, layer: LayerShape, rows: int, home: Tier, sweep: Sweep) -> float:
         """A cell's transfer in a lane: what attention sees to the device, new tokens back."""
         is_load = lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)
-        tokens = rows * (layer.attended(sweep.past) if is_load else sweep.tokens)
+        tokens = rows * layer.attended(sweep.past if is_load else sweep.tokens)
         crosses = not self.direct and home is not Tier.DEVICE
         if lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK) or crosses:
             seconds = self._moved_s(lane, tokens * self.shape.kept_bytes(self.policy.compression))

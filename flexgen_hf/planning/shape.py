@@ -208,6 +208,7 @@ class ModelShape:
                 for layer in self.layers)
             for part in ("mlp", "experts")
         )  # fmt: skip
+        windows = tuple(layer.window for layer in self.layers)
         return ModelSizes(
             num_layers=len(self.layers),
             hidden_size=self.hidden_size,
@@ -218,6 +219,7 @@ class ModelShape:
             vocab_size=self.vocab_size,
             itemsize=self.itemsize,
             kept_key_bytes=kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize),
+            windows=windows if any(windows) else (),
             attends_kept=direct and compression.cache not in (None, 16),
             casts_head=direct and self.stored_itemsize != self.itemsize,
             makes_masks_late=True,
@@ -376,11 +378,13 @@ class _Reader:
 
     def _window(self, index: int) -> int | None:
         window, kinds = self._known("sliding_window"), self.config.get("layer_types")
-        if not window or self.config.get("use_sliding_window") is False:
-            return None
+        chunk = self._known("attention_chunk_size")
         if kinds:
-            return window if index < len(kinds) and kinds[index] == "sliding_attention" else None
-        return window
+            named = {"sliding_attention": window, "chunked_attention": chunk}
+            return (named.get(kinds[index]) or None) if index < len(kinds) else None
+        if self.config.get("use_sliding_window") is False:
+            return chunk or None
+        return window or chunk or None
 
     # -------------------------------------------------------------------------------------------- around the layers
     def _outer(self, vocab: int, tied: bool) -> list[TensorShape]:

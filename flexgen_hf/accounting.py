@@ -343,6 +343,8 @@ def shape_of(
     kept = None if cell is None or cell.dtype == dtype else (cell.token_bytes(0), cell.token_bytes(1))
     windows = tuple(windows_of(config))
     width = _said(text, "head_dim") or int(text.hidden_size) // heads
+    if getattr(text, "kv_lora_rank", None):
+        width = (_said(text, "qk_nope_head_dim") or 0) + (_said(text, "qk_rope_head_dim") or 0)
     expert = _said(text, "moe_intermediate_size") or _said(text, "intermediate_size") or 0
     expert = max(expert) if isinstance(expert, (list, tuple)) else expert
     return ModelSizes(
@@ -350,7 +352,7 @@ def shape_of(
         hidden_size=int(text.hidden_size),
         # an expert multiplies by three matrices, as gated MLPs do
         inner_size=inner_size + 3 * expert * (getattr(text, "num_experts_per_tok", None) or 0),
-        query_size=heads * max(width, _said(text, "qk_nope_head_dim") or 0) if geometry else int(text.hidden_size),
+        query_size=heads * width if geometry is not None else int(text.hidden_size),
         key_size=key,
         num_heads=heads,
         vocab_size=int(text.vocab_size),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cells import CacheSpace, Cell, SlotBytes, exchange
+from .cell_space import CacheSpace, SlotBytes
+from .cells import Cell, exchange
 from .errors import FlexGenError
 from .planning.budget import Need
 from .policy import Tier
@@ -191,6 +192,8 @@ class BlockCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every row."""
         self.settle()
+        for cell in self.cells():
+            cell.check_crop(tokens_to_remove)  # all, before one of them is cropped
         for cell in self.cells():
             cell.crop(tokens_to_remove)
 

@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from . import attention
 from .accounting import Account, cache_geometry, windows_of
-from .cells import CacheSpace
+from .cell_space import CacheSpace
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor

@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from conversion.convert import convert
 from conversion.verify import verify
-from flexgen_hf import Placement, Policy, UnsupportedModelError
+from flexgen_hf import Compression, Placement, Policy, UnsupportedModelError
 from flexgen_hf.accounting import cache_geometry
-from flexgen_hf.architectures import TESTED
+from flexgen_hf.architectures import TESTED, Structure
 from flexgen_hf.attention import why_not_supported
 from flexgen_hf.bench import emulated
 
@@ -211,6 +211,17 @@ def test_a_quantized_store_holds_the_family(checkpoint: Path, tmp_path: Path) ->
     assert sum(layers[name].numel() for name in formats) > 0.9 * sum(p.numel() for p in layers.values() if p.dim() > 1)
 
 
+def test_a_cache_in_groups_is_attended_as_it_is_kept(
+    case: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or brought to where compute is, with the same tokens: what a family does with keys is known."""
+    policy = random_policy(case, 3).replace(compression=Compression(cache=4))
+    with load_ours(checkpoint, policy) as ours:
+        monkeypatch.setattr(Structure, "hands_states_on", property(lambda _: False))
+        with load_ours(checkpoint, policy) as other:
+            same_tokens(other, ours, GREEDY, ragged((7, 3, 5)), max_new_tokens=4)
+
+
 def test_families_said_to_be_tested_are() -> None:
     assert {name.split()[0] for name in FAMILIES} == TESTED
 
@@ -238,6 +249,26 @@ def test_only_what_is_in_the_window_is_loaded(mistral: Path) -> None:
             moved.append(ours.last_run.lanes["disk_to_host"].bytes)
     keys_and_values = 2 * 4 * 2 * 2 * 8 * 4  # of all layers, rows and heads, for one token in fp32
     assert moved[1] - moved[0] == 20 * 3 * keys_and_values
+
+
+@pytest.mark.parametrize("percents", ["100 0 100 0 100 0", "100 0 0 0 100 0"])
+def test_tokens_that_are_taken_back(mistral: Path, percents: str) -> None:
+    """Candidates that were wrong leave the cache; then the window needs what had left it."""
+    plain = load_plain(mistral)
+    prompt = {name: tensor.repeat(1, 3) for name, tensor in ragged([5]).items()}  # says itself what comes next
+    with load_ours(mistral, Policy.parse(percents, batch_size=1)) as ours:
+        same_tokens(plain, ours, GREEDY, prompt, max_new_tokens=12, prompt_lookup_num_tokens=3)
+        same_tokens(plain, ours, GREEDY, prompt, max_new_tokens=8, assistant_model=load_plain(mistral))
+        want = plain.generate(**prompt, **GREEDY, max_new_tokens=8, pad_token_id=1)
+        assert torch.equal(
+            want, plain.generate(**prompt, **GREEDY, max_new_tokens=8, pad_token_id=1, assistant_model=ours)
+        )
+
+
+@pytest.mark.parametrize("percents", ["100 0 0 0 100 0", "0 0 0 100 0 100"])
+def test_a_prompt_in_chunks_goes_through_a_window(mistral: Path, percents: str) -> None:
+    with load_ours(mistral, Policy.parse(percents, batch_size=2, num_batches=2)) as ours:
+        same_tokens(load_plain(mistral), ours, GREEDY, ragged([17, 12, 15]), max_new_tokens=6, prefill_chunk_size=5)
 
 
 @pytest.mark.parametrize("percents", ["100 0 100 0 100 0", "100 0 0 100 100 0", "100 0 0 0 100 0"])

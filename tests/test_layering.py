@@ -17,7 +17,7 @@ ROWS = (
     {"planning", "quantization"},
     {"storage"},
     {"cell_layout", "state_trial"},
-    {"cell_attention"},
+    {"cell_attention", "cell_space"},
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights", "tiny_configs"},
     {"kv_cache", "parameters", "report", "compression", "tiles", "rotary"},
     {"progress", "microbatches"},

@@ -445,7 +445,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         if new - self.dropped > self._capacity and not self.keeps_past:
             assert self.window is not None
             if self.length == 0:
-                self.dropped = new - max(1, self.window - 1)
+                self.dropped = max(0, new - max(1, self.window - 1))
             elif is_moved := self._first > self.dropped and new - self._first <= self._capacity:
                 self._move_to_front()
         if (places := new - self.dropped) > self._capacity:

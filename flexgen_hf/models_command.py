@@ -69,13 +69,15 @@ def families(types: list[str] | None = None) -> list[Family]:
     """
     from .architectures import TESTED
     from .errors import UnsupportedModelError
+    from .sweep import quiet
 
     wanted = sorted(TESTED) if types is None else types
     if unknown := sorted(set(wanted) - TESTED):
         raise UnsupportedModelError(
             f"{unknown[0]!r} is not among the tested families ({', '.join(sorted(TESTED))}); try it with --sweep"
         )
-    return [_family(name) for name in wanted]
+    with quiet():
+        return [_family(name) for name in wanted]
 
 
 def families_table(found: list[Family]) -> str:

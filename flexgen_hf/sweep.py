@@ -25,7 +25,7 @@ from .errors import UnsupportedModelError
 from .policy import Policy
 from .tiny_configs import VOCABULARY, causal_types, tiny_config
 
-__all__ = ["Outcome", "prompts", "sweep", "table", "try_type", "write_random"]
+__all__ = ["Outcome", "prompts", "quiet", "sweep", "table", "try_type", "write_random"]
 
 Verdict = Literal["equal", "refused", "not buildable", "DIFFERENT", "FAILS"]
 
@@ -69,7 +69,7 @@ def sweep(model_types: Iterable[str] | None = None) -> Iterator[Outcome]:
 
 def try_type(model_type: str) -> Outcome:
     """Runs a tiny random model of a type and compares it with transformers."""
-    with _quiet(), tempfile.TemporaryDirectory(prefix="flexgen-sweep-") as folder:
+    with quiet(), tempfile.TemporaryDirectory(prefix="flexgen-sweep-") as folder:
         try:
             config = tiny_config(model_type)
             with torch.device("meta"):
@@ -162,7 +162,7 @@ def _results(model: Any) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what transformers says of tiny random models."""
     theirs: Any = transformers.logging
     before = theirs.get_verbosity()

@@ -19,6 +19,7 @@ from conversion.commands import convert_command, verify_command
 from . import __version__
 from .bench.command import bench_command
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
+from .models_command import models_command
 from .plan_command import plan_command
 from .policy import Compression, Policy
 from .profile_command import profile_command
@@ -37,6 +38,7 @@ app.command("verify")(verify_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
+app.command("models")(models_command)
 
 _Dtype = Literal["float16", "bfloat16", "float32"]
 _Percents = tuple[float, float, float, float, float, float]

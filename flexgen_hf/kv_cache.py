@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cells import CacheSpace, Cell, SlotBytes, exchange
+from .cell_space import CacheSpace, SlotBytes
+from .cells import Cell, exchange
 from .errors import FlexGenError
 from .planning.budget import Need
 from .policy import Tier
@@ -43,7 +44,8 @@ class BlockCache(Cache):
         spans: rows of each micro-batch.
         homes: `homes(layer, batch)` is the tier of a cell.
         windows: for each layer its sliding window, or None.
-        capacity: tokens to allocate for.
+        capacity: tokens to allocate for; a cell of a sliding-window layer has room for its window only.
+        keeps_past: cells of sliding-window layers keep everything, too.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class BlockCache(Cache):
         homes: Callable[[int, int], Tier],
         windows: Sequence[int | None],
         capacity: int,
+        *,
+        keeps_past: bool = True,
     ) -> None:
         self.space, self.spans, self.capacity = space, list(spans), capacity
         #: columns of left padding that each micro-batch leaves out: its cells hold so many tokens fewer
@@ -62,7 +66,12 @@ class BlockCache(Cache):
         #: called before cells are touched outside a sweep; the executor sets it to wait for its lanes
         self.settle: Callable[[], None] = lambda: None
         self.children = [
-            _MicroBatchCache([Cell(space, homes(layer, k), capacity, window) for layer, window in enumerate(windows)])
+            _MicroBatchCache(
+                [
+                    Cell(space, homes(layer, k), capacity, window, keeps_past=keeps_past)
+                    for layer, window in enumerate(windows)
+                ]
+            )
             for k in range(len(self.spans))
         ]
         super().__init__(layers=[])
@@ -92,8 +101,13 @@ class BlockCache(Cache):
         for child in self.children:
             yield from child.cells
 
-    def preallocate(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def preallocate(self, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> None:
         """Takes all homes before work starts, so that a tier that is too small refuses here.
+
+        Args:
+            key: heads and width of keys.
+            value: heads and width of values.
+            dtype: of compute.
 
         Raises:
             CapacityError: a tier or the disk is too small; the cache is closed then.
@@ -101,7 +115,7 @@ class BlockCache(Cache):
         try:
             for (start, end), child in zip(self.spans, self.children, strict=True):
                 for cell in child.cells:
-                    cell.allocate(end - start, (heads, head_dim), (heads, head_dim), dtype)
+                    cell.allocate(end - start, key, value, dtype)
         except BaseException:
             self.close()  # whoever handles the error may keep this object alive
             raise
@@ -179,6 +193,8 @@ class BlockCache(Cache):
         """Forgets the last `-tokens_to_remove` tokens of every row."""
         self.settle()
         for cell in self.cells():
+            cell.check_crop(tokens_to_remove)  # all, before one of them is cropped
+        for cell in self.cells():
             cell.crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -189,7 +205,10 @@ class BlockCache(Cache):
             cell.reset()
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: cells keep all tokens and can always be cropped."""
+        """From now on, cells keep all tokens, so that any number of these can be cropped."""
+        for cell in self.cells():
+            cell.keep_past()
+        self.reserve(self.capacity)
 
     def close(self) -> None:
         """Gives all memory and files back. Called when the cache is collected, at the latest."""
@@ -223,9 +242,9 @@ def _largest(slots: Iterable[SlotBytes]) -> SlotBytes:
 
 def _rebuild(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
     """Gives cell k the rows `rows[k]` of all cells, one behind the other; it may have had another number of rows."""
-    pairs = [cell.get() for cell in cells]
+    pairs, dropped = [cell.get() for cell in cells], cells[0].dropped
     device = pairs[0][0].device
     keys, values = (torch.cat([pair[i].to(device) for pair in pairs], 1) for i in (0, 1))
     for cell, wanted in zip(cells, rows, strict=False):
         index = wanted.to(device)
-        cell.put(keys.index_select(1, index), values.index_select(1, index))
+        cell.put(keys.index_select(1, index), values.index_select(1, index), dropped)

@@ -442,10 +442,12 @@ def _demand(
         if 0 < stage < structure.head_stage and part == "mlp" and len(tensor.extent.shape) == 2:
             inner[stage] += math.prod(tensor.extent.shape) // hidden
     shape = shape_of(model.config, max(inner.values(), default=0), dtype, compression, casts_head)
-    is_plain = model.config._attn_implementation == "sdpa" and attention.why_not_supported(model) is None
-    attends_kept = (
-        space.is_direct and is_plain and structure.hands_states_on and kept_dtype(dtype, compression) is torch.uint8
+    is_plain = (
+        model.config._attn_implementation == "sdpa"
+        and structure.hands_states_on  # else the model's code may look into masks, too
+        and attention.why_not_supported(model) is None
     )
+    attends_kept = space.is_direct and is_plain and kept_dtype(dtype, compression) is torch.uint8
     shape = dataclasses.replace(
         shape, makes_masks_late=is_plain, reads_once=structure.reads_once, attends_kept=attends_kept
     )

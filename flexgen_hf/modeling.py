@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
 from . import attention
-from .accounting import Account, cache_geometry
-from .cells import CacheSpace
+from .accounting import Account, cache_geometry, windows_of
+from .cell_space import CacheSpace
 from .checkpoint_files import CheckpointTensor, source_fingerprint
 from .checkpoints import plan_shards
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
@@ -36,6 +35,7 @@ from .planning.placement import assign
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
+from .rotary import FurthestPosition
 from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
@@ -57,6 +57,7 @@ class FlexGenForCausalLM(FixedWeights):
     show_progress: bool = False
     _executor: Executor
     _account: Account
+    _furthest: FurthestPosition
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("use FlexGenForCausalLM.from_pretrained(...)")
@@ -178,7 +179,8 @@ class FlexGenForCausalLM(FixedWeights):
             order = longest_first(call, settings) if self._executor.structure.numbers_tokens_by_mask else None
             call = call if order is None else in_order(call, order)
             prompts = self._prompts_per_block(call, settings)
-            account = self._account.generation(may_be_cut=may_be_cut(call, settings), tokens=prompt_tokens(call))
+            is_cut = may_be_cut(call, settings) and not self._furthest.is_needed
+            account = self._account.generation(may_be_cut=is_cut, tokens=prompt_tokens(call))
             with account, self._progress(report, call, settings, prompts) as shown:
                 # What is returned gets no name: an error of the last transfers would keep it, and its cache, alive.
                 if prompts is not None:
@@ -218,7 +220,7 @@ class FlexGenForCausalLM(FixedWeights):
 
     def _prompts_per_block(self, call: dict[str, Any], settings: GenerationConfig) -> int | None:
         """How many prompts fill a block, or None if the call is not to be cut."""
-        if not may_be_cut(call, settings):
+        if self._furthest.is_needed or not may_be_cut(call, settings):
             return None
         rows = row_inputs(call)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
@@ -245,7 +247,9 @@ class FlexGenForCausalLM(FixedWeights):
                 f"cache_implementation={wanted!r}: the policy places the cache; leave cache_implementation out"
             )
         given = model_kwargs.get("past_key_values")
-        self._account.enter_generation(generation_config, model_kwargs, batch_size, length)
+        # candidates that turn out wrong are taken back, and then what was out of a window is in it again
+        takes_back = generation_mode is GenerationMode.ASSISTED_GENERATION or bool(generation_config.is_assistant)
+        self._account.enter_generation(generation_config, model_kwargs, batch_size, length, keeps_past=takes_back)
         if isinstance(given, BlockCache):
             given.reserve(length)
         if given is not None or generation_config.use_cache is False:
@@ -253,7 +257,7 @@ class FlexGenForCausalLM(FixedWeights):
             return prepare(generation_config, model_kwargs, generation_mode, batch_size, length)
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         beams = generation_config.num_beams or 1
-        cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams)
+        cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams, keeps_past=takes_back)
         cache.may_leave_padding = (
             self._executor.structure.numbers_tokens_by_mask
             and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -262,7 +266,7 @@ class FlexGenForCausalLM(FixedWeights):
         model_kwargs["past_key_values"] = cache
         return None
 
-    def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
+    def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1, *, keeps_past: bool = True) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
         policy = self.policy
         # the user may have set another attention since the model was loaded
@@ -272,9 +276,11 @@ class FlexGenForCausalLM(FixedWeights):
         )
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
-        windows = _windows(self.config)
+        windows = windows_of(self.config)
         homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
-        cache = BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+        cache = BlockCache(
+            space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity), keeps_past=keeps_past
+        )
         if (geometry := cache_geometry(self.config)) is not None:
             cache.preallocate(*geometry, self.dtype)
         return cache
@@ -339,7 +345,8 @@ class FlexGenForCausalLM(FixedWeights):
             blocks = cache if isinstance(cache, BlockCache) else None
             bodies = self._bodies(plain, given, spans, tokens)
             keep = wants(given, self.config, "output_hidden_states")
-            outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
+            with self._furthest.among(given):
+                outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
             if is_alone:
                 self._executor.settle()  # what is refused below would stop what is on its way to the cache
             output = self._put_together(outputs, given, strict=is_alone)
@@ -433,6 +440,7 @@ def attach(model: Any, executor: Executor, demand: Demand) -> None:
     object.__setattr__(model, "_executor", executor)
     account = Account(model.config, demand, executor.policy, executor.space.ledger, signature.parameters)
     object.__setattr__(model, "_account", account)
+    object.__setattr__(model, "_furthest", FurthestPosition(model))
 
 
 def _short(value: Any) -> str:
@@ -445,8 +453,3 @@ def _pad_token(settings: GenerationConfig) -> int:
     if isinstance(pad, torch.Tensor):
         pad = pad.flatten().tolist()
     return int((pad[0] if isinstance(pad, (list, tuple)) else pad) or 0)
-
-
-def _windows(config: Any) -> list[int | None]:
-    """For each layer the length of its sliding window, or None, as transformers' own cache would have it."""
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]

@@ -16,10 +16,10 @@ ROWS = (
     {"errors", "policy", "_register"},
     {"planning", "quantization"},
     {"storage"},
-    {"cell_layout"},
-    {"cell_attention"},
-    {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
-    {"kv_cache", "parameters", "report", "compression", "tiles"},
+    {"cell_layout", "state_trial"},
+    {"cell_attention", "cell_space"},
+    {"weights", "cells", "hidden_states", "architectures", "fixed_weights", "tiny_configs"},
+    {"kv_cache", "parameters", "report", "compression", "tiles", "rotary", "attention"},
     {"progress", "microbatches", "experts"},
     {"accounting", "padding"},
     {"executor"},
@@ -30,8 +30,8 @@ ROWS = (
     {"__init__"},
     {"profiled_compute"},
     {"profiling"},
-    {"text", "quality", "bench", "apps", "integrations", "plots"},
-    {"demo", "plan_command", "profile_command"},
+    {"text", "quality", "bench", "apps", "integrations", "sweep", "plots"},
+    {"demo", "plan_command", "profile_command", "models_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
@@ -80,6 +80,7 @@ TOUCHES_INTERNALS = {
 # files that may name a model family
 NAMES_FAMILIES = {
     "flexgen_hf/architectures.py": "it is the one place for what differs between families",
+    "flexgen_hf/tiny_configs.py": "a few types have defaults of which no model can be built",
     "conversion/numpy_folder.py": "the original's numpy folders hold OPT and name no architecture themselves",
     "conversion/metaseq.py": "metaseq's shards hold OPT and name no architecture themselves",
     "flexgen_hf/bench/machine.py": "it asks git, the program, for the commit",

@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 from flexgen_hf import cli
+from flexgen_hf.models_command import families, families_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +39,10 @@ def test_commands_and_options_exist(line):
 @pytest.mark.parametrize("line", lines_with("make "))
 def test_targets_exist(line):
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_table_of_families_is_what_the_command_prints():
+    assert families_table(families()) in README
 
 
 @pytest.mark.parametrize("block", blocks("python"))

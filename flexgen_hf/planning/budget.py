@@ -35,6 +35,7 @@ __all__ = [
     "largest",
     "pages",
     "rings_of",
+    "room_for",
     "totals",
 ]
 
@@ -95,8 +96,11 @@ class ModelSizes:
         key_size: key heads x head_dim; None if the configuration does not say it.
         num_heads: query heads.
         vocab_size: rows of the head's table.
+        value_size: as `key_size`, of values; None if they are as large as keys.
+        windows: of each layer its sliding window, or None; none at all if no layer has one.
         itemsize: bytes of an element in compute.
         kept_key_bytes: of a token's keys of one row at home; None if they are kept as compute uses them.
+        kept_value_bytes: of its values; None if they take as many as keys.
         attends_kept: on a CPU, attention takes cells as they are kept.
         casts_head: the head's table is kept in another dtype than that of compute, and cast tile by tile.
         makes_masks_late: with several micro-batches, masks are made where a layer attends.
@@ -115,6 +119,9 @@ class ModelSizes:
     vocab_size: int
     itemsize: int
     kept_key_bytes: int | None = None
+    kept_value_bytes: int | None = None
+    value_size: int | None = None
+    windows: tuple[int | None, ...] = ()
     attends_kept: bool = False
     casts_head: bool = False
     makes_masks_late: bool = False
@@ -142,6 +149,7 @@ class Call:
         keeps_hidden: hidden states of all layers are returned.
         keeps_attention: attention weights of all layers are returned.
         has_loss: a loss is computed from the logits.
+        keeps_past: cells of sliding layers keep what is out of their window, so that tokens can be taken back.
         micro_batches: rows of each, where a cache that is given says so and not the policy.
     """
 
@@ -160,6 +168,7 @@ class Call:
     keeps_hidden: bool = False
     keeps_attention: bool = False
     has_loss: bool = False
+    keeps_past: bool = False
     micro_batches: tuple[int, ...] = ()
 
     def in_block(self, policy: Policy) -> Call:
@@ -253,9 +262,10 @@ class Demand:
         held = dict.fromkeys(Tier, 0)
         staging = working = 0
         for cell, home in homes.items():
-            rows = batches[cell[1]]
-            kept = 2 * pages(rows * call.capacity * self._kept)
-            seen = 2 * pages(rows * call.capacity * shape.key_size * shape.itemsize)
+            window = shape.windows[cell[0]] if shape.windows and not call.keeps_past else None
+            places = batches[cell[1]] * room_for(call.capacity, window)
+            kept = sum(pages(places * size) for size in self._kept)
+            seen = sum(pages(places * size * shape.itemsize) for size in self._sizes)
             held[home] += kept
             if home is Tier.DISK:
                 staging = max(staging, kept)
@@ -271,7 +281,7 @@ class Demand:
             yield from self._exchange(call, list(homes.values()))
 
     def _exchange(self, call: Call, homes: Collection[Tier]) -> Iterator[Need]:
-        token = call.rows * self._kept
+        token = call.rows * max(self._kept)
         on_disk = Tier.DISK in homes
         # on disk, blocks begin on pages: of a number of tokens that is a power of two, at most 4096
         largest = max(EXCHANGE_BYTES, token * (PAGE if on_disk else 1))
@@ -283,10 +293,18 @@ class Demand:
             yield Need(Tier.HOST, block, "cache scratch")
 
     @property
-    def _kept(self) -> int:
-        """Bytes of a token's keys of one row at home; its values take as many."""
-        kept = self.shape.kept_key_bytes
-        return (self.shape.key_size or 0) * self.shape.itemsize if kept is None else kept
+    def _sizes(self) -> tuple[int, int]:
+        """Elements of a token's keys, and of its values."""
+        key, value = self.shape.key_size or 0, self.shape.value_size
+        return key, key if value is None else value
+
+    @property
+    def _kept(self) -> tuple[int, int]:
+        """Bytes of a token's keys of one row at home, and of its values."""
+        key, value = self.shape.kept_key_bytes, self.shape.kept_value_bytes
+        if key is None:
+            key, value = (size * self.shape.itemsize for size in self._sizes)
+        return key, key if value is None else value
 
     def _hidden(self, policy: Policy, call: Call, batches: Sequence[int]) -> Iterator[Need]:
         """Homes of hidden states that are not where compute leaves them, and the buffers that they pass through."""
@@ -344,6 +362,15 @@ class Demand:
         entry += 8 + (28 if call.samples else 0) + 4 * call.kept_logits
         cast = TILE_BYTES if shape.casts_head else 0
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
+
+
+def room_for(tokens: int, window: int | None) -> int:
+    """For how many of `tokens` tokens a cell has room.
+
+    With a window, for those that the next token sees, and for an eighth of them more. When these are used up, the
+    window is moved to the front: eight tokens for each new one.
+    """
+    return tokens if window is None else min(tokens, max(1, window - 1) + max(1, window // 8))
 
 
 def pages(nbytes: int) -> int:

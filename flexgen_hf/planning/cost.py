@@ -310,7 +310,7 @@ class PlannedRun:
 
     def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> int:
         """Tokens of a cell that pass a lane, of all its rows."""
-        return rows * (layer.attended(sweep.past) if lane in _LOADS else sweep.tokens)
+        return rows * layer.attended(sweep.past if lane in _LOADS else sweep.tokens)
 
     def hidden_s(self, lane: Lane, rows: int, sweep: Sweep) -> float:
         """Hidden states of a micro-batch across one link."""

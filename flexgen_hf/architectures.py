@@ -1,7 +1,7 @@
 """Finds the stages of a Hugging Face causal language model; refuses by name what this engine cannot run.
 
-The only file that may name a model family. It looks at module structure and configuration, never at weights, and
-runs on a model that lives on the `meta` device.
+It looks at module structure and configuration, never at weights, and runs on a model that lives on the `meta` device.
+Of the families' names, it knows what `families` says.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedModelError
+from .families import is_tested
 
-__all__ = ["TESTED", "Structure", "describe", "is_tested"]
-
-#: model types compared with transformers in this project's own tests
-TESTED = frozenset(
-    "bloom codegen falcon gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss gptj llama mistral mixtral opt phi3 qwen2 "
-    "qwen3 qwen3_moe".split()
-)
+__all__ = ["Structure", "describe"]
 
 # Layer kinds of `config.layer_types` whose state is plain keys and values.
 _CACHE_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -162,11 +157,6 @@ def describe(model: nn.Module) -> Structure:
     structure = Structure(model, _find_layers(model))
     _check_state(model)
     return structure
-
-
-def is_tested(model_type: str) -> bool:
-    """Whether this project's tests compare the family with transformers."""
-    return model_type in TESTED
 
 
 def _find_layers(model: nn.Module) -> str:

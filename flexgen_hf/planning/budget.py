@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from ..policy import Placement, Policy, Tier
+from ..policy import Compression, Placement, Policy, Tier
 from .placement import assign
 from .schedule import Rings
 
@@ -29,6 +29,7 @@ __all__ = [
     "ModelSizes",
     "Need",
     "alternatives",
+    "attends_kept",
     "difference",
     "fits",
     "largest",
@@ -325,6 +326,18 @@ class Demand:
         entry += 4 + (28 if call.samples else 0) + 4 * call.kept_logits
         cast = TILE_BYTES if shape.casts_head else 0
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
+
+
+def attends_kept(compression: Compression, *, direct: bool, is_plain: bool) -> bool:
+    """Whether attention takes cells as they are kept, so that nothing is unpacked into slots: the one rule for it.
+
+    Args:
+        compression: how cells are kept.
+        direct: compute works in host memory.
+        is_plain: the model's attention is scaled dot products of what the cache returns, through transformers'
+            interface, and its code does nothing else with that.
+    """
+    return direct and is_plain and compression.groups_cache
 
 
 def pages(nbytes: int) -> int:

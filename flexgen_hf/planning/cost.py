@@ -15,15 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import PolicyError
-from ..policy import Policy, Tier
-from .budget import Call, Demand, Limit, rings_of
+from ..policy import Compression, Policy, Tier
+from .budget import Call, Demand, Limit, ModelSizes, rings_of
 from .hardware import Hardware
 from .layout import PlannedTensor, WeightLayout, tensors_of
 from .placement import assign
 from .schedule import Lane, Route, Step, Traffic, What
 from .shape import LayerShape, ModelShape
 
-__all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "limits_of", "predict"]
+__all__ = ["Known", "Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "call_of", "limits_of", "predict"]
 
 #: seconds of each lane
 Lanes = dict[Lane, float]
@@ -56,6 +56,23 @@ class Workload:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PolicyError(f"workload: {field}={value!r} must be a whole number of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a model and a call that are there, beyond what a configuration and a workload say.
+
+    Args:
+        tensors: the model's weights under a compression.
+        sizes: what decides how much memory a call takes, under a compression.
+        pinned: the links of the device need pinned memory; None if they do wherever there are links.
+        call: with all its rows; None for a plain one of the workload.
+    """
+
+    tensors: Callable[[Compression], Sequence[PlannedTensor]] | None = None
+    sizes: Callable[[Compression], ModelSizes] | None = None
+    pinned: bool | None = None
+    call: Call | None = None
 
 
 class Sweep(NamedTuple):
@@ -121,7 +138,7 @@ class PlannedRun:
         hardware: the machine.
         policy: placements and block.
         workload: what is to be generated.
-        tensors: its weights, where more is known of them than the shape says.
+        known: of a model that is there.
         pieces: see `WeightLayout`.
     """
 
@@ -132,18 +149,19 @@ class PlannedRun:
         policy: Policy,
         workload: Workload,
         *,
-        tensors: Sequence[PlannedTensor] | None = None,
+        known: Known = Known(),
         pieces: int | None = 8,
     ) -> None:
         self.shape, self.hardware, self.policy, self.workload = shape, hardware, policy, workload
-        self.tensors = tensors_of(shape, policy.compression) if tensors is None else tensors
+        self.tensors = (known.tensors or functools.partial(tensors_of, shape))(policy.compression)
         self.direct = hardware.direct
         self.rings = rings_of(policy)
-        self.call = call_of(policy, workload)
+        self.call = call_of(policy, workload) if known.call is None else known.call.in_block(policy)
         self.batches = self.call.batches(policy)
-        sizes = shape.sizes(policy.compression, direct=self.direct)
-        self.casts, self._attends_kept = sizes.kept_key_bytes is not None, sizes.attends_kept
-        self._max_pieces = pieces
+        self._sizes = (known.sizes or functools.partial(shape.sizes, direct=self.direct))(policy.compression)
+        self._pinned = known.pinned if known.pinned is not None else not self.direct
+        self.casts, self._attends_kept = self._sizes.kept_key_bytes is not None, self._sizes.attends_kept
+        self._max_pieces, self._is_exact = pieces, known.tensors is not None
 
     @functools.cached_property
     def cells(self) -> dict[tuple[int, int], Tier]:
@@ -166,6 +184,7 @@ class PlannedRun:
             num_stages=len(self.shape.layers) + 2,
             direct=self.direct,
             pieces=self._max_pieces,
+            exact=self._is_exact,
         )
 
     # ---------------------------------------------------------------------------------------------------- what moves
@@ -384,8 +403,7 @@ class PlannedRun:
     @functools.cached_property
     def demand(self) -> Demand:
         """What the model takes; of weights, what this policy takes."""
-        sizes = self.shape.sizes(self.policy.compression, direct=self.direct)
-        return Demand(sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=not self.direct)
+        return Demand(self._sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=self._pinned)
 
     @functools.cached_property
     def peak_bytes(self) -> dict[Tier, int]:
@@ -405,18 +423,25 @@ def limits_of(hardware: Hardware) -> list[Limit]:
 
 
 def predict(run: PlannedRun) -> Prediction:
-    """In closed form: in each sweep the busiest lane hides all others, or without overlap they add up."""
+    """In closed form: in each sweep the busiest lane hides all others, or without overlap they add up.
+
+    With room for one layer, its weights cross the link when the layer before is computed, so these two add up as well.
+    """
     prefill, decode = run.sweeps()
     steps = run.workload.gen_len - 1
     of_prefill = run.lanes(prefill)
     of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
-    combine: Callable[[Lanes], float] = (
-        (lambda lanes: max(lanes.values())) if run.policy.overlap else (lambda lanes: sum(lanes.values()))
-    )
+
+    def ends(lanes: Lanes, sweeps: int, *, is_first: bool) -> float:
+        if not run.policy.overlap:
+            return sum(lanes.values())
+        pushed = run.weight_lanes(is_first=is_first)[Lane.HOST_TO_DEVICE] if run.rings.layers == 1 else 0.0
+        return max(*lanes.values(), lanes[Lane.COMPUTE] + sweeps * pushed)
+
     between = run.hardware.sweep_s
     return Prediction(
-        prefill_s=combine(of_prefill) + between,
-        decode_s=combine(of_decode) + steps * between,
+        prefill_s=ends(of_prefill, 1, is_first=True) + between,
+        decode_s=ends(of_decode, steps, is_first=False) + steps * between,
         rows=sum(run.batches),
         gen_len=run.workload.gen_len,
         peak_bytes=run.peak_bytes,

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError, StoreError, UnsupportedModelError
+from ..families import attends_plainly, is_tested
 from ..policy import Compression
-from .budget import ModelSizes
+from .budget import ModelSizes, attends_kept
 
 __all__ = [
     "DTYPES", "SMALL_SHARE", "LayerShape", "ModelShape", "TensorShape", "kept_row_bytes", "quantized_bytes",
@@ -146,6 +147,9 @@ class ModelShape:
         stored_itemsize: bytes of an element of the checkpoint.
         max_tokens: the longest sequence that positions reach; None if the configuration does not say it.
         name: for messages.
+        attends_plainly: its attention is scaled dot products of what the cache returns; it can be computed on the host,
+            and over cells as they are kept.
+        is_tested: its family is one that this engine is tested with.
     """
 
     layers: tuple[LayerShape, ...]
@@ -160,6 +164,8 @@ class ModelShape:
     stored_itemsize: int = 2
     max_tokens: int | None = None
     name: str = ""
+    attends_plainly: bool = True
+    is_tested: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -218,10 +224,10 @@ class ModelShape:
             vocab_size=self.vocab_size,
             itemsize=self.itemsize,
             kept_key_bytes=kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize),
-            attends_kept=direct and compression.cache not in (None, 16),
+            attends_kept=attends_kept(compression, direct=direct, is_plain=self.attends_plainly),
             casts_head=direct and self.stored_itemsize != self.itemsize,
-            makes_masks_late=True,
-            reads_once=True,
+            makes_masks_late=self.attends_plainly,
+            reads_once=self.is_tested,
         )
 
     def in_dtype(self, dtype: str) -> ModelShape:
@@ -269,6 +275,7 @@ class _Reader:
     def shape(self) -> ModelShape:
         vocab = self._size(("vocab_size",))
         tied = self.config.get("tie_word_embeddings", True) is not False
+        family = self.config.get("model_type")
         stored = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float16").removeprefix("torch.")
         if stored not in DTYPES:
             raise UnsupportedModelError(f"{self.name}: dtype {stored!r} is unknown; known are {', '.join(DTYPES)}")
@@ -285,6 +292,9 @@ class _Reader:
             stored_itemsize=DTYPES[stored],
             max_tokens=self._known("max_position_embeddings", "n_positions", "seq_length", default=0) or None,
             name=self.name,
+            # sizes without a family's name are taken for those of one that is tested
+            attends_plainly=family is None or attends_plainly(str(family)),
+            is_tested=family is None or is_tested(str(family)),
         )
 
     # ------------------------------------------------------------------------------------------------- what it holds

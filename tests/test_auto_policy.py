@@ -15,7 +15,6 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import flexgen_hf
 from flexgen_hf import (
     CapacityError,
     Compression,
@@ -169,7 +168,7 @@ def test_weights_move_where_that_pays(offload: Path, tmp_path: Path) -> None:
     wide: Any = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "max_position_embeddings": 600}
     folder = write_tiny_opt(tmp_path / "model", num_hidden_layers=4, **wide)
     slow = dataclasses.replace(CARD, host_to_device=constant(4e6), disk_to_host=constant(4e6))
-    options = {"max_memory": {0: 80 * MIB, "cpu": 200 * MIB}, "batch_size": 8, "num_batches": 1}
+    options: Any = {"max_memory": {0: 80 * MIB, "cpu": 200 * MIB}, "batch_size": 8, "num_batches": 1}
     declared = {"batch": 8, "prompt_len": 500, "max_new_tokens": 2}
     with load(folder, offload, "emulated:0", hardware=slow, workload=declared, **options) as model:
         before, prompts = model.policy.weights, batch(2)
@@ -377,4 +376,4 @@ def test_a_machine_is_known_by_what_speeds_depend_on(tmp_path: Path) -> None:
     assert machine == json.loads(json.dumps(machine))
     assert machine["torch"] == torch.__version__
     assert machine["disk"]
-    assert flexgen_hf.__version__ not in machine.values()
+    assert machine != profile_cache.machine_of(torch.device("cpu:0"), tmp_path)

@@ -505,11 +505,11 @@ def test_what_a_forward_takes_is_in_the_account_while_it_runs(
         ledger, during = model._executor.space.ledger, []
         model._executor.on_compute = lambda *_: during.append(ledger.held_as(Tier.DEVICE, "logits"))
         model(**batch(3))
-        assert set(during) == {3 * 96 * (6 * 8 + 4)}
+        assert set(during) == {3 * 96 * (6 * 8 + 8)}
         assert all(ledger.held_as(Tier.DEVICE, name) == 0 for name in ESTIMATED)
         during.clear()
         model.generate(**batch(3), max_new_tokens=3, do_sample=False)
-        assert set(during) == {3 * 96 * (8 + 4)}, "entered twice"
+        assert set(during) == {3 * 96 * (8 + 8)}, "entered twice"
         assert len(calls) == 2
 
 

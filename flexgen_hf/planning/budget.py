@@ -208,8 +208,8 @@ class Demand:
         attention is eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that
         computes in float32, r T h (2s + 12).
 
-        *logits*: 2s + 4 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
-        in float32), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; 2s for each
+        *logits*: 2s + 8 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
+        in float32, those of the last token too, which its loop names until the next are there), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; 2s for each
         further token whose logits are returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their
         logarithms); and the tile of the head's table that is being cast.
 
@@ -323,7 +323,7 @@ class Demand:
         entry = (2 * shape.itemsize + (12 if call.beams > 1 else 0)) * max(1, call.logit_tokens)
         if call.has_loss:
             entry += (4 if shape.itemsize >= 4 else 8) * call.logit_tokens
-        entry += 4 + (28 if call.samples else 0) + 4 * call.kept_logits
+        entry += 8 + (28 if call.samples else 0) + 4 * call.kept_logits
         cast = TILE_BYTES if shape.casts_head else 0
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -185,21 +186,16 @@ def test_weights_move_where_that_pays(offload: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_weights_that_move_on_a_cpu_change_their_form(in_16_bit: Path, offload: Path, one_batch: bool) -> None:
     """In 16 bit they are cast tile by tile for one micro-batch, and on their way for more: tokens stay the same."""
-    numbers = {"batch_size": 4, "num_batches": 1 if one_batch else 2}
-    with load(in_16_bit, offload, **numbers) as model:
-        placing, policy = (
-            model._auto.placing,
-            Policy.parse("30 30 100 0 100 0", batch_size=4, num_batches=3 - numbers["num_batches"]),
-        )
-        for other in (policy, policy.replace(weights=model.policy.weights)):
-            is_one = other.num_batches == 1
+    loaded, then = (1, 2) if one_batch else (2, 1)
+    with load(in_16_bit, offload, batch_size=4, num_batches=loaded) as model:
+        placing, prompts = model._auto.placing, batch(6)
+        spread = Policy.parse("30 30 100 0 100 0", batch_size=4, num_batches=then)
+        model._auto = None
+        for policy in (spread, spread.replace(weights=model.policy.weights)):
+            place = functools.partial(placing.store, policy.weights, rings_of(policy), one_batch=then == 1)
             with model._executor.session():
-                model._executor.adopt(
-                    other, lambda p=other, o=is_one: placing.store(p.weights, rings_of(p), one_batch=o)
-                )
-            model._account.adopt(other, placing.demand_of(other))
-            model._auto = None
-            prompts = batch(6)
+                model._executor.adopt(policy, place)
+            model._account.adopt(policy, placing.demand_of(policy))
             assert torch.equal(tokens_of(model, prompts), tokens_of(reference(in_16_bit), prompts))
 
 

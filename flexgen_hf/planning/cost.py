@@ -364,6 +364,16 @@ class PlannedRun:
                     lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, stage, number)
         return lanes
 
+    @functools.cached_property
+    def pushed_between_layers_s(self) -> float:
+        """Seconds of the link for the weights of all layers but the first, which crosses it while others work."""
+        return sum(
+            self._weights_s(Lane.HOST_TO_DEVICE, stage, number)
+            for stage in range(2, len(self.shape.layers) + 1)
+            for number, piece in enumerate(self.layout.stages[stage])
+            if piece.pushes
+        )
+
     def cell_lanes(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> Lanes:
         """Seconds of each lane for one layer of a micro-batch and its cell."""
         lanes = {Lane.COMPUTE: self.layer_s(stage, rows, home, sweep)}
@@ -432,16 +442,17 @@ def predict(run: PlannedRun) -> Prediction:
     of_prefill = run.lanes(prefill)
     of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
 
-    def ends(lanes: Lanes, sweeps: int, *, is_first: bool) -> float:
+    pushed = run.pushed_between_layers_s if run.rings.layers == 1 else 0.0
+
+    def ends(lanes: Lanes, sweeps: int) -> float:
         if not run.policy.overlap:
             return sum(lanes.values())
-        pushed = run.weight_lanes(is_first=is_first)[Lane.HOST_TO_DEVICE] if run.rings.layers == 1 else 0.0
         return max(*lanes.values(), lanes[Lane.COMPUTE] + sweeps * pushed)
 
     between = run.hardware.sweep_s
     return Prediction(
-        prefill_s=ends(of_prefill, 1, is_first=True) + between,
-        decode_s=ends(of_decode, steps, is_first=False) + steps * between,
+        prefill_s=ends(of_prefill, 1) + between,
+        decode_s=ends(of_decode, steps) + steps * between,
         rows=sum(run.batches),
         gen_len=run.workload.gen_len,
         peak_bytes=run.peak_bytes,

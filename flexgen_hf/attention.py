@@ -80,15 +80,20 @@ class _LateMask:
     """A mask that is made where and when a layer attends.
 
     Models make the mask of a prompt once, for all layers, and hold it until the last one: for each micro-batch a tensor
-    of prompt length squared, all of them on the device at once.
+    of prompt length squared, all of them on the device at once. Whether one is needed at all is looked up in values on
+    the device, which takes until the link is free: that is done in the first layer only.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
+        self._is_needed = True
 
     def make(self) -> torch.Tensor | None:
         """(batch, 1, new tokens, tokens), or None where causal attention needs no mask."""
-        return _plain_mask(**self._options)
+        made = _plain_mask(**self._options) if self._is_needed else None
+        self._is_needed = made is not None
+        self._options["allow_is_causal_skip"] = False  # what follows knows
+        return made
 
 
 def _mask(**options: Any) -> torch.Tensor | _LateMask | None:

@@ -351,18 +351,24 @@ def _given(**options: Any) -> dict[str, Any]:
 def _refuse_missing_folder(model: str) -> None:
     # transformers would take such a path for a Hub id and say so at length
     path = Path(model).expanduser()
-    if (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2) and not path.is_dir():
+    if (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2) and not (
+        path.is_dir() or (path.suffix == ".gguf" and path.is_file())
+    ):
         raise StoreError(f"no folder {model!r}; give a Hub id, a model folder, or a store made by 'flexgen-hf convert'")
 
 
 def _load_tokenizer(model: str, **hub_options: Any) -> Any:
     from transformers import AutoConfig
 
-    from .text import load_tokenizer
+    from .gguf_files import refuse_missing_reader
+    from .text import load_tokenizer, named_file
 
     with _loading_errors(model):
+        folder, options = named_file(_expanded(model))
+        if options:
+            refuse_missing_reader()
         # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
-        AutoConfig.from_pretrained(_expanded(model), **hub_options)
+        AutoConfig.from_pretrained(folder, **options, **hub_options)
         return load_tokenizer(_expanded(model), **hub_options)
 
 

@@ -28,21 +28,13 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from . import attention
 from .architectures import Structure, describe
 from .auto_policy import AutoPolicy, choices_of, read_hardware, read_workload, unbounded
-from .checkpoints import (
-    CheckpointTensor,
-    index_files,
-    plan_shards,
-    planned_quantizing,
-    read_checkpoint,
-    source_fingerprint,
-    stores_of,
-    target_dtype,
-)
+from .checkpoint_files import CheckpointTensor, index_files, source_fingerprint, stores_of
+from .checkpoints import plan_shards, planned_quantizing, read_checkpoint, target_dtype
 from .default_policy import default_policy
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
@@ -56,6 +48,7 @@ from .planning.plan import Freedom
 from .planning.search import Planner
 from .planning.shape import ModelShape
 from .policy import AUTO, Compression, Policy, Tier
+from .prequantized import METHOD, dequantizer, method_of
 from .profile_cache import hardware_here
 from .quantization.groupwise import GroupFormat
 from .storage.buffers import return_freed_memory
@@ -68,8 +61,6 @@ from .weights.store import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["METHOD", "register"]
-
-METHOD = "flexgen"
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +87,11 @@ def _let_load_time_win() -> None:
 
     @functools.wraps(merge)
     def merged(cls: Any, stored: Any, given: Any) -> Any:
-        if _method(given) != METHOD:
+        if method_of(given) != METHOD:
             return merge(cls, stored, given)
-        if _method(stored) != METHOD:
-            raise UnsupportedModelError(
-                f"the checkpoint is already quantized with {_method(stored)!r}, which this engine cannot stream; "
-                "load the 16-bit checkpoint it was made from"
-            )
+        if method_of(stored) != METHOD:
+            dequantizer(stored)  # refuses it by name, if it must be
+            return FlexGenConfig(**_options(given), stored=stored)
         wanted = {k: v for k, v in _options(given).items() if v is not None}
         kept = _options(stored)
         if "policy" in wanted:  # block sizes that are stored override the stored policy, not this one
@@ -110,11 +99,6 @@ def _let_load_time_win() -> None:
         return FlexGenConfig(**{**kept, **wanted})
 
     AutoHfQuantizer.merge_quantization_configs = classmethod(merged)  # type: ignore[method-assign,assignment]
-
-
-def _method(config: Any) -> str | None:
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    return getattr(method, "value", method)
 
 
 def _options(config: Any) -> dict[str, Any]:
@@ -139,6 +123,7 @@ class FlexGenConfig(QuantizationConfigMixin):
         objective: with "auto", "throughput" (as if None), "latency" or "block".
         deadline_s: of a block, with the objective "block".
         format_version: written into stores.
+        stored: what the checkpoint's own configuration says of how another method has quantized it.
 
     Raises:
         PolicyError: an unknown option, or one that belongs to "auto" without it.
@@ -158,6 +143,7 @@ class FlexGenConfig(QuantizationConfigMixin):
         objective: str | None = None,
         deadline_s: float | None = None,
         format_version: int | None = None,
+        stored: Any = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
@@ -171,6 +157,7 @@ class FlexGenConfig(QuantizationConfigMixin):
         self.policy, self.batch_size, self.num_batches = policy, batch_size, num_batches
         self.compression, self.max_memory = compression, max_memory
         self.offload_folder, self.device, self.format_version = offload_folder, device, format_version
+        self.stored = stored
         self.hardware, self.workload, self.objective, self.deadline_s = hardware, workload, objective, deadline_s
         for name in ("hardware", "workload", "objective", "deadline_s"):
             if getattr(self, name) is not None and not self.is_auto:
@@ -211,6 +198,25 @@ class FlexGenHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._tensors: list[StoredTensor] = []
         self._hook: Any = None
+        # transformers lets gguf_file= pass for this method only, and asks once, before it validates the environment
+        quantization_config.quant_method = QuantizationMethod.GGUF
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Nothing is missing that was not refused before."""
+        self.quantization_config.quant_method = METHOD  # type: ignore[assignment]
+
+    def read_header(self, gguf_file: str) -> None:
+        """Called for a GGUF file before its weights are looked at."""
+        if not Path(gguf_file).is_file():
+            raise StoreError(f"{gguf_file} is not there; check gguf_file=")
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """As transformers loads a GGUF file for which no type was asked."""
+        return torch.get_default_dtype() if dtype is None else dtype
+
+    def get_state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """Of a GGUF file: nothing that transformers would have to load."""
+        return {}
 
     @property
     def is_trainable(self) -> bool:

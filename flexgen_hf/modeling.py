@@ -25,10 +25,12 @@ from . import attention
 from .accounting import Account, cache_geometry
 from .auto_policy import AutoPolicy
 from .cells import CacheSpace
-from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
+from .checkpoint_files import CheckpointTensor, source_fingerprint
+from .checkpoints import plan_shards
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .fixed_weights import FixedWeights
+from .gguf_files import refuse_missing_reader
 from .kv_cache import BlockCache, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
@@ -89,7 +91,7 @@ class FlexGenForCausalLM(FixedWeights):
         """Loads a model from the Hub, a local folder, or a converted store.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder, as transformers takes it.
+            pretrained_model_name_or_path: Hub id or folder, as transformers takes it; or a local `.gguf` file.
             policy: a `Policy`, its dict, JSON text or file (what `flexgen-hf plan --json` writes is one), six
                 percentages, or `"auto"`, which finds the best one for this machine, the model, `max_memory` and the
                 workload, and then for what `generate` is asked (see `plan`); None fills the fastest tiers first.
@@ -114,7 +116,7 @@ class FlexGenForCausalLM(FixedWeights):
             objective: for `"auto"`, `"throughput"`, `"latency"` (the shortest time), or `"block"` (the largest block
                 that ends within `deadline_s`).
             deadline_s: seconds, for `"block"`.
-            kwargs: everything else that transformers' `from_pretrained` takes (dtype, revision, token, ...).
+            kwargs: everything else that transformers' `from_pretrained` takes (dtype, revision, token, gguf_file, ...).
 
         Raises:
             PolicyError: an option that cannot be meant.
@@ -139,6 +141,11 @@ class FlexGenForCausalLM(FixedWeights):
         if kwargs.pop("quantization_config", None) is not None:
             raise PolicyError("quantization_config: pass policy=, compression= and max_memory= themselves")
         kwargs["quantization_config"] = {name: value for name, value in options.items() if value is not None}
+        path = Path(pretrained_model_name_or_path)
+        if path.suffix == ".gguf" and path.is_file():
+            pretrained_model_name_or_path, kwargs["gguf_file"] = path.parent, path.name
+        if kwargs.get("gguf_file") is not None:
+            refuse_missing_reader()
         try:
             model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:  # transformers looks for the dtype before we check the files

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen_hf.architectures import describe
-from flexgen_hf.checkpoints import plan_shards, read_checkpoint, source_fingerprint, target_dtype
+from flexgen_hf.checkpoint_files import source_fingerprint
+from flexgen_hf.checkpoints import plan_shards, read_checkpoint, target_dtype
 from flexgen_hf.errors import StoreError, UnsupportedModelError
 from tests.checkpoints import opt_config, with_keys, write_random_checkpoint
 

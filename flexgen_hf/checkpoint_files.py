@@ -24,6 +24,7 @@ from .storage.ledger import gib
 from .weights.format import Manifest, TensorExtent, is_store, read_header
 from .weights.pieces import pieces_of_extent, pieces_of_tensor, read_extent, torch_dtype
 from .weights.quantized import Quantization, QuantizedExtent, part_names
+from .weights.stacked import StackedExtent
 
 __all__ = ["CheckpointTensor", "first_line", "index_files", "load_pickle", "source_fingerprint", "stores_of"]
 
@@ -40,6 +41,7 @@ class CheckpointTensor:
         load: gives the whole tensor, each time anew.
         extent: its bytes in a file, where they lie there as they are; else `None` (pickles, fused tensors).
         quantized: its parts in a store's shard, if it is quantized there; `load` then dequantizes it.
+        stacked: its matrices in files, if they lie there as they are, though apart.
     """
 
     shape: tuple[int, ...]
@@ -47,18 +49,26 @@ class CheckpointTensor:
     load: Callable[[], torch.Tensor]
     extent: TensorExtent | None = None
     quantized: QuantizedExtent | None = None
+    stacked: StackedExtent | None = None
 
     @classmethod
-    def of_stored(cls, extent: TensorExtent | QuantizedExtent, dtype: torch.dtype) -> CheckpointTensor:
-        """A tensor that lies in a file as it is, or quantized; then `load` gives it as `dtype`."""
+    def of_stored(cls, extent: TensorExtent | QuantizedExtent | StackedExtent, dtype: torch.dtype) -> CheckpointTensor:
+        """A tensor that lies in files as it is, or quantized; then `load` gives it as `dtype`."""
         if isinstance(extent, TensorExtent):
             return cls.of_extent(extent)
+        if isinstance(extent, StackedExtent):
+            return cls(extent.shape, torch_dtype(extent.dtype), extent.read, stacked=extent)
         return cls(extent.shape, dtype, functools.partial(extent.dequantize, dtype), quantized=extent)
 
     @classmethod
     def of_extent(cls, extent: TensorExtent) -> CheckpointTensor:
         """A tensor that lies in a file as it is."""
         return cls(extent.shape, torch_dtype(extent.dtype), functools.partial(read_extent, extent), extent)
+
+    @classmethod
+    def of_tensor(cls, tensor: torch.Tensor) -> CheckpointTensor:
+        """A tensor that is in memory, or mapped there."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """The elements, as flat pieces; each is valid until the next is asked for."""
@@ -133,7 +143,7 @@ def _index_pickle(path: Path) -> dict[str, CheckpointTensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise StoreError(f"{path} holds no dictionary of tensors; it is not a checkpoint of a transformers model")
     if zipfile.is_zipfile(path):
-        return {name: _of_tensor(tensor) for name, tensor in loaded.items()}
+        return {name: CheckpointTensor.of_tensor(tensor) for name, tensor in loaded.items()}
     _logger.warning(
         "%s has the format that torch used before 1.6, which can only be read whole: its %s must fit in memory",
         path, gib(path.stat().st_size),
@@ -142,10 +152,6 @@ def _index_pickle(path: Path) -> dict[str, CheckpointTensor]:
         name: CheckpointTensor(tuple(tensor.shape), tensor.dtype, functools.partial(_from_legacy, path, name))
         for name, tensor in loaded.items()
     }
-
-
-def _of_tensor(tensor: torch.Tensor) -> CheckpointTensor:
-    return CheckpointTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
 def _from_legacy(path: Path, name: str) -> torch.Tensor:

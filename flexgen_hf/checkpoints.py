@@ -25,6 +25,7 @@ from .gguf_files import index_gguf, is_gguf
 from .policy import Compression
 from .prequantized import dequantizer, refuse_unread_scales, stored_settings
 from .weights.quantized import Method, Quantizing
+from .weights.stacked import StackedExtent, find_stacked
 from .weights.writer import ShardPlan, TensorPlan
 
 __all__ = ["match", "plan_shards", "planned_quantizing", "read_checkpoint", "target_dtype"]
@@ -192,12 +193,28 @@ def _converted(
     patterns = target.converter.target_patterns
     names = [other for p in patterns if (other := name.replace(patterns[0], p)) in meta] or [name]
     made = meta[name].dtype if target.is_dequantized else dtype or found[target.keys[0][0]].dtype
+    stacked = _stacked(model, name, target, found) if names == [name] and not target.is_dequantized else None
     return {
         each: CheckpointTensor(
-            tuple(meta[each].shape), made, functools.partial(_convert, model, (name, each), target, found, made)
+            tuple(meta[each].shape),
+            made,
+            functools.partial(_convert, model, (name, each), target, found, made),
+            stacked=stacked,
         )
         for each in names
     }
+
+
+def _stacked(model: Any, name: str, target: _Target, found: Mapping[str, CheckpointTensor]) -> StackedExtent | None:
+    """Where the matrices lie of which a converter makes a stack; None if it does more, or files do not hold them."""
+
+    def convert(trial: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        tried = {key: CheckpointTensor.of_tensor(value) for key, value in trial.items()}
+        return _convert(model, (name, name), target, tried, torch.int64)
+
+    sources = {key: found[key].extent for key, _ in target.keys}
+    extents = {key: extent for key, extent in sources.items() if extent is not None}
+    return find_stacked(extents, convert) if len(extents) == len(sources) else None
 
 
 def _convert(

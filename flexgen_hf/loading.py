@@ -38,6 +38,7 @@ from .checkpoints import plan_shards, planned_quantizing, read_checkpoint, targe
 from .default_policy import default_policy
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
+from .experts import find_mixtures
 from .families import is_tested
 from .modeling import attach, say
 from .placing import Placing, what_fits
@@ -57,10 +58,13 @@ from .storage.ledger import Ledger
 from .storage.workspace import Workspace, default_device
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent
 from .weights.quantized import LAYOUT_VERSION, QuantizedExtent, Quantizing
-from .weights.store import StoredTensor
+from .weights.stacked import StackedExtent
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["METHOD", "register"]
+
+_Extent = TensorExtent | QuantizedExtent | StackedExtent
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +345,7 @@ class _Checkpoint:
     ) -> None:
         self._structure, self._found, self._files, self._dtype = structure, found, files, dtype
 
-    def extents(self, compression: Compression, folder: Path) -> dict[str, TensorExtent | QuantizedExtent]:
+    def extents(self, compression: Compression, folder: Path) -> dict[str, _Extent]:
         """Where each tensor's bytes lie. A checkpoint whose bytes do not lie in files as needed is converted once.
 
         Args:
@@ -355,15 +359,21 @@ class _Checkpoint:
         stored = {name: t.quantized.format for name, t in self._found.items() if t.quantized is not None}
         if stored and compression.of_weights:
             _refuse_other_formats({name: how.format for name, how in wanted.items()}, stored)
-        lying = {name: t.quantized or t.extent for name, t in self._found.items()}
+        apart = self._may_lie_apart()
+        lying: dict[str, _Extent | None] = {
+            name: t.quantized or t.extent or (t.stacked if name in apart else None) for name, t in self._found.items()
+        }
         extents = {name: extent for name, extent in lying.items() if extent is not None}
         if len(extents) == len(lying) and (stored or not wanted):
             return extents
         return self._converted(folder, wanted)
 
-    def _converted(
-        self, folder: Path, quantizing: Mapping[str, Quantizing]
-    ) -> dict[str, TensorExtent | QuantizedExtent]:
+    def _may_lie_apart(self) -> set[str]:
+        """The tensors of which each expert's matrix is used by itself, and its rows in several parts."""
+        mixtures = find_mixtures(self._structure.layers, self._structure.layers_name).values()
+        return {name for mixture in mixtures if not mixture.is_transposed for name in mixture.tensors}
+
+    def _converted(self, folder: Path, quantizing: Mapping[str, Quantizing]) -> dict[str, _Extent]:
         fingerprint = source_fingerprint(self._files)
         dtype = str(self._dtype).removeprefix("torch.")
         label = re.sub(r"\W+", "-", str(getattr(self._structure.model.config, "name_or_path", ""))).strip("-")[-60:]
@@ -373,7 +383,7 @@ class _Checkpoint:
         plans = plan_shards(self._structure, self._found, self._dtypes(bool(quantizing)), quantizing)
         write_store(out, plans, Origin(str(self._files[0].parent), None, dtype, fingerprint))
         shards = [out / shard.file for shard in Manifest.load(out).shards]
-        found = {name: t.quantized or t.extent for name, t in index_files(shards).items()}
+        found: dict[str, _Extent | None] = {n: t.quantized or t.extent for n, t in index_files(shards).items()}
         return {name: extent for name, extent in found.items() if extent is not None}
 
     def _dtypes(self, is_quantized: bool) -> dict[str, torch.dtype]:
@@ -449,7 +459,7 @@ def build(
     except BaseException:
         store.close()
         raise
-    executor = Executor(model, structure, store, policy, placing.within(rings))
+    executor = Executor(model, structure, store, policy, placing.within(rings), placing.mixtures)
     attach(model, executor, demand, auto)
 
 

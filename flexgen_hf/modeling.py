@@ -42,7 +42,7 @@ from .planning.plan import Plan
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
-from .weights.store import StoredTensor
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["FlexGenForCausalLM", "attach", "say"]
@@ -375,7 +375,7 @@ class FlexGenForCausalLM(FixedWeights):
         if not kwargs.get("is_main_process", True):
             return
         out, stored = Path(save_directory).resolve(), self._executor.weights.stored
-        files = {tensor.extent.file for tensor in stored}
+        files = {part.file for tensor in stored for part in tensor.parts}
         if any(out in file.resolve().parents for file in files):
             raise ConversionError(f"the model is loaded from {str(out)!r}; save it to another folder")
         tensors = {tensor.name: CheckpointTensor.of_stored(tensor.extent, self.dtype) for tensor in stored}

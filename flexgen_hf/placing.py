@@ -15,13 +15,16 @@ from torch import nn
 from . import attention
 from .accounting import shape_of
 from .architectures import Structure
+from .experts import find_mixtures
 from .planning.budget import Demand, Limit, ModelSizes, alternatives, attends_kept, difference, fits, rings_of, totals
 from .planning.layout import PlannedTensor
 from .planning.placement import assign
 from .planning.schedule import Rings
 from .policy import Compression, Placement, Policy, Tier
 from .storage.workspace import Workspace
-from .weights.store import StoredTensor, WeightStore
+from .weights.experts import split
+from .weights.store import WeightStore
+from .weights.tensors import StoredTensor
 
 __all__ = ["Placing", "what_fits"]
 
@@ -45,8 +48,13 @@ class Placing:
         space: Workspace,
         compression: Compression,
     ) -> None:
-        self.space, self.tensors = space, list(tensors)
+        self.space, self._whole = space, list(tensors)
         self._structure = structure
+        mixtures = find_mixtures(structure.layers, structure.layers_name)
+        #: by stage, the experts that are loaded and computed one by one
+        self.mixtures = {layer + 1: mixture for layer, mixture in mixtures.items()}
+        #: what has a home of its own: the tensors, but of experts each one's part
+        self.tensors = split(tensors, {name for mixture in mixtures.values() for name in mixture.tensors})
         self._tables = structure.tables({t.name for t in tensors})
         self._demands: dict[tuple[Rings, bool], Demand] = {}
         #: what decides how much memory a call takes
@@ -68,13 +76,15 @@ class Placing:
         fixed = {t.name: Tier.DEVICE for t in tensors if not self._moves(t)}
         homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
         if space.is_direct:
-            tensors = _kept_late(tensors, self._late(one_batch=one_batch), self._tables, homes)
+            late = self._late(one_batch=one_batch)
+            tensors = [_cast_late(tensor, homes) if tensor.name in late else tensor for tensor in tensors]
         return WeightStore(
             _at_tables(tensors, self._tables),
             homes,
             num_stages=self._structure.num_stages,
             tied=_is_tied(self._structure),
             space=space,
+            whole=_at_tables(self._whole, self._tables),
         )
 
     def demand(self, rings: Rings, *, one_batch: bool) -> Demand:
@@ -107,6 +117,7 @@ class Placing:
                 is_cast=tensor.is_cast,
                 moves=self._moves(tensor),
                 is_matrix=tensor.name in late,
+                expert=tensor.expert,
             )
             for tensor in _at_tables(self.tensors, self._tables)
         ]
@@ -121,12 +132,15 @@ class Placing:
 
         Of the tables, a whole copy in the dtype of compute would be the largest buffer of all. A layer's matrices are
         used in this way if there is one micro-batch: a tile that stays in the processor's cache costs less than a copy
-        that is written to memory and read back. With more of them, one copy made on the way serves all.
+        that is written to memory and read back. With more of them, one copy made on the way serves all. An expert is
+        used once for all micro-batches, so it needs no copy however many there are.
         Only plain modules allow it: one that computes more with its weight (scales it, say) must see the right dtype.
         """
         model: Any = self._structure.model
         plain = type(model.get_input_embeddings()) is nn.Embedding and type(model.get_output_embeddings()) is nn.Linear
-        late = {name for name in self._tables if plain}
+        late = {t.name for t in self.tensors if t.name in self._tables and plain and not t.is_quantized}
+        fused = {n for mixture in self.mixtures.values() if not mixture.is_transposed for n in mixture.tensors}
+        late |= {t.name for t in self.tensors if t.expert >= 0 and t.name.partition("[")[0] in fused}
         if one_batch:
             for index, layer in enumerate(self._structure.layers):
                 prefix = f"{self._structure.layers_name}.{index}"
@@ -135,11 +149,11 @@ class Placing:
 
     def _sizes(self, model: Any, compression: Compression) -> ModelSizes:
         structure, is_direct = self._structure, self.space.is_direct
-        casts_head = is_direct and any(t.is_cast for t in self.tensors if t.name in self._tables)
+        casts_head = is_direct and any(t.is_cast for t in self._whole if t.name in self._tables)
         dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
         hidden = int(model.config.get_text_config(decoder=True).hidden_size)
         inner: collections.Counter[int] = collections.Counter()
-        for tensor in self.tensors:
+        for tensor in self._whole:
             stage, part = structure.locate(tensor.name)
             if 0 < stage < structure.head_stage and part == "mlp" and len(tensor.extent.shape) == 2:
                 inner[stage] += math.prod(tensor.extent.shape) // hidden
@@ -149,6 +163,7 @@ class Placing:
             sizes,
             makes_masks_late=is_plain,
             reads_once=structure.reads_once,
+            waits_for_experts=bool(self.mixtures),
             attends_kept=attends_kept(compression, direct=is_direct, is_plain=is_plain and structure.hands_states_on),
         )
 
@@ -163,18 +178,13 @@ def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> li
     return [dataclasses.replace(t, stage=tables[t.name]) if t.name in tables else t for t in tensors]
 
 
-def _kept_late(
-    tensors: Sequence[StoredTensor], late: set[str], tables: Mapping[str, int], homes: Mapping[str, Tier]
-) -> list[StoredTensor]:
-    """Keeps in their stored dtype, or in codes, what the executor casts or dequantizes where it is used."""
-    found = []
-    for tensor in tensors:
-        if tensor.name in late - tables.keys() and tensor.is_quantized:
-            tensor = dataclasses.replace(tensor, is_late=True)  # noqa: PLW2901
-        elif tensor.name in late and tensor.is_cast and homes.get(tensor.name, Tier.DEVICE) is not Tier.DEVICE:
-            tensor = dataclasses.replace(tensor, dtype=tensor.stored_dtype, is_late=True)  # noqa: PLW2901
-        found.append(tensor)
-    return found
+def _cast_late(tensor: StoredTensor, homes: Mapping[str, Tier]) -> StoredTensor:
+    """The tensor as it is kept to be cast or dequantized where it is used. What is on the device is cast already."""
+    if tensor.is_quantized:
+        return dataclasses.replace(tensor, is_late=True)
+    if tensor.is_cast and homes.get(tensor.name, Tier.DEVICE) is not Tier.DEVICE:
+        return dataclasses.replace(tensor, dtype=tensor.stored_dtype, is_late=True)
+    return tensor
 
 
 def _is_tied(structure: Structure) -> bool:

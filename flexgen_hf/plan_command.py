@@ -18,7 +18,7 @@ from .planning.hardware import Hardware
 from .planning.original import PUBLISHED, Comparison, compare
 from .planning.plan import OBJECTIVES, Freedom, Plan
 from .planning.presets import hardware_of, preset
-from .planning.search import Planner
+from .planning.search import COMPRESSIONS, Planner
 from .planning.shape import ModelShape, read_config
 from .policy import Compression, Policy, Tier
 
@@ -159,7 +159,7 @@ def compressions_of(text: str) -> tuple[Compression, ...]:
         PolicyError: something else.
     """
     if text == "any":
-        return (Compression(), Compression(cache=4), Compression(weights=4), Compression(weights=4, cache=4))
+        return COMPRESSIONS
     return (Compression.of(None if text == "none" else text),)
 
 

@@ -318,8 +318,7 @@ def assets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_this_machine_is_measured_once(
     checkpoint: Path, offload: Path, assets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(profiling, "_SECONDS", 0.0)
-    monkeypatch.setattr(profile_cache, "measure", profiling.measure)
+    monkeypatch.setattr(profile_cache, "measure", functools.partial(profiling.measure, seconds=0.0))
     with load(checkpoint, offload, hardware=None) as model:
         tokens_of(model, batch(2))
         assert "measuring this machine once" in capsys.readouterr().err

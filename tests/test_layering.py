@@ -20,7 +20,7 @@ ROWS = (
     {"cell_attention"},
     {"weights", "cells", "hidden_states", "architectures", "attention", "fixed_weights"},
     {"kv_cache", "parameters", "report", "compression", "tiles"},
-    {"progress", "microbatches"},
+    {"progress", "microbatches", "experts", "profiled_compute"},
     {"accounting", "padding", "profiling"},
     {"placing", "default_policy", "profile_cache"},
     {"auto_policy"},

@@ -112,8 +112,8 @@ def test_flops_follow_from_what_a_token_uses() -> None:
     attention, expert, router = 32 * 64 * 2 + 32 * 32 * 2, 3 * 32 * 24, 4 * 32
     assert layer.used_elements == attention + 2 * expert + router
     assert shape.layer_flops(layer, 7) == 2 * 7 * layer.used_elements
-    assert layer.touched_elements(1) == pytest.approx(layer.used_elements)
-    assert layer.touched_elements(10_000) == attention + 4 * expert + router
+    assert (layer.shared_elements, layer.expert_elements) == (attention + router, expert)
+    assert [layer.chosen_experts(tokens) for tokens in (1, 2, 10_000)] == [2, 3, 4]
     assert shape.attention_flops(layer, 1, 9) == 4 * 10 * 64  # one query, ten keys and values of 4 heads x 16
     assert shape.attention_flops(layer, 3, 0) == 4 * (1 + 2 + 3) * 64
 

@@ -22,6 +22,7 @@ __all__ = [
     "EXCHANGE_BYTES",
     "PAGE",
     "PINNED_BYTES",
+    "ROWS_AT_ONCE",
     "TILE_BYTES",
     "Call",
     "Demand",
@@ -51,6 +52,10 @@ EXCHANGE_BYTES = 2 << 20
 
 #: the largest tile of what is cast where it is multiplied (`tiles.TileCast`)
 TILE_BYTES = 8 << 20
+
+#: tokens that an expert is multiplied with at a time, if a micro-batch does not have more: the weights are gone through
+#: once for as many, so fewer would cost time; more would take room for activations (`experts`)
+ROWS_AT_ONCE = 64
 
 #: pinned buffers of an accelerator's links, all together (`storage.pinned`)
 PINNED_BYTES = 16 << 20
@@ -98,6 +103,8 @@ class ModelSizes:
         makes_masks_late: with several micro-batches, masks are made where a layer attends.
         reads_once: with several micro-batches, embeddings are dropped after the first layer, and of what the last one
             returned all but the head's input.
+        waits_for_experts: all micro-batches of a block wait at a layer's router for its experts, one of which is
+            computed at a time.
     """
 
     num_layers: int
@@ -113,6 +120,7 @@ class ModelSizes:
     casts_head: bool = False
     makes_masks_late: bool = False
     reads_once: bool = False
+    waits_for_experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +214,10 @@ class Demand:
         R T T s where attention is eager); 48 bytes of ids and positions for each token that a row can get. A layer,
         whichever is larger: attention, r T s (2h + 5q + 2k) and the mask in the dtype of compute, r T T s, or where
         attention is eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that
-        computes in float32, r T h (2s + 12).
+        computes in float32, r T h (2s + 12). While a block waits for experts, it holds R T h (3s + 4, in float64 4s) on
+        top: what was added up so far, what the router saw, and what experts gave; and another R T h s where hidden
+        states are parked elsewhere. An expert is computed for r T tokens at a time, at least for `ROWS_AT_ONCE`, as
+        m of them: m s (3h + f).
 
         *logits*: 2s + 8 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
         in float32, those of the last token too, which its loop names until the next are there), 12 more with beams and
@@ -311,13 +322,20 @@ class Demand:
         if call.keeps_attention:
             held += parts * shape.num_layers * shape.num_heads * rows * tokens * (call.past + tokens) * size
         held += 2 * rows * tokens * size * shape.query_size // shape.num_heads
+        if shape.waits_for_experts:
+            held += rows * tokens * shape.hidden_size * ((3 if near >= 1 else 4) * size + max(4, size))
         held += masked * tokens * (call.past + tokens) * (size if call.eager else 1) + 48 * rows * call.capacity
         scores = shape.num_heads * (2 * size if size >= 4 else size + 8) if call.eager else size
         attention = tokens * (2 * shape.hidden_size + 5 * shape.query_size + 2 * key) * size
         attention += tokens * (call.past + tokens) * scores
         mlp = tokens * (2 * shape.hidden_size + shape.inner_size) * size
         norm = tokens * shape.hidden_size * (2 * size + 12) if size < 4 else 0
-        return int(held + at_once * max(attention, mlp, norm))
+        experts = (
+            max(ROWS_AT_ONCE, at_once * tokens) * (3 * shape.hidden_size + shape.inner_size) * size
+            if shape.waits_for_experts
+            else 0
+        )
+        return int(held + max(at_once * max(attention, mlp, norm), experts))
 
     def _logits(self, call: Call) -> int:
         shape = self.shape
@@ -348,7 +366,9 @@ def pages(nbytes: int) -> int:
 
 def rings_of(policy: Policy) -> Rings:
     """How many reused buffers a policy takes."""
-    return Rings(layers=policy.layer_slots) if policy.overlap else Rings(layers=1, cache=1, hidden=1)
+    if not policy.overlap:
+        return Rings(layers=1, cache=1, hidden=1, experts=1)
+    return Rings(layers=policy.layer_slots, experts=policy.layer_slots + 1)
 
 
 def totals(needs: Sequence[Need]) -> dict[Tier, int]:

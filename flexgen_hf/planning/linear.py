@@ -43,6 +43,7 @@ class Program:
         slots: layers that have room where compute needs them; with one, its weights cross the link between two layers'
             compute.
         overlap: lanes work side by side.
+        cores_of: the part of the cores, which lanes share, that each keeps busy; nothing where they share none.
     """
 
     phases: Sequence[tuple[Mapping[tuple[str, Tier], _PerLane], int]]
@@ -52,6 +53,7 @@ class Program:
     overhead_s: float = 0.0
     slots: int = 2
     overlap: bool = True
+    cores_of: Mapping[Lane, float] = dataclasses.field(default_factory=dict)
 
     def solve(self, cache: Tier | None = None, hidden: Tier | None = None) -> Solution | None:
         """The best shares; None if no shares fit.
@@ -96,6 +98,8 @@ class Program:
             ends = [-1.0 if other == number else 0.0 for other in range(len(self.phases))]
             rows += [[*(sum(lanes[share][lane] for lane in together(share[0])) for share in _SHARES), *ends]
                      for together in self._one_after_the_other()]  # fmt: skip
+            shared = (sum(part * lanes[share][lane] for lane, part in self.cores_of.items()) for share in _SHARES)
+            rows.append([*shared, *ends])
         return rows, [0.0] * len(rows)
 
     def _one_after_the_other(self) -> list[Callable[[str], Sequence[Lane]]]:

@@ -21,17 +21,20 @@ from .cost import Known, Lanes, PlannedRun, Prediction, Sweep, Workload, limits_
 from .hardware import Hardware
 from .layout import WeightLayout
 from .linear import KINDS, Program
-from .plan import OBJECTIVES, Alternative, Freedom, Plan
+from .plan import OBJECTIVES, Alternative, Freedom, Plan, prediction_to_dict
 from .schedule import Lane
 from .shape import ModelShape
 from .simulate import simulate
 
-__all__ = ["OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan"]
+__all__ = ["COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan", "prediction_to_dict"]
 
 _FREE, _UNKNOWN = Freedom(), Known()
 
 # No machine holds so many bytes: such a limit is none.
 _UNLIMITED = 1 << 55
+
+#: what a search chooses from where compression is left to it
+COMPRESSIONS = (Compression(), Compression(cache=4), Compression(weights=4), Compression(weights=4, cache=4))
 
 _SIZES = (1, 4, 16, 64, 256)
 _NUMBERS = (1, 4, 16)
@@ -316,25 +319,28 @@ class Planner:
             bytes_of=functools.partial(self._linear_bytes, run),
             limits=self.limits,
             rows=sum(run.batches),
-            overhead_s=self.hardware.sweep_s * self.workload.gen_len,
+            overhead_s=run.between_s * self.workload.gen_len,
             slots=run.rings.layers,
             overlap=frame.overlap,
+            cores_of=self.hardware.parts_of_cores,
         )
 
     def _linear_lanes(self, run: PlannedRun, sweep: Sweep) -> dict[tuple[str, Tier], Lanes]:
         """Seconds of each lane for all of one kind on one tier."""
         made: dict[tuple[str, Tier], Lanes] = {}
-        rows = collections.Counter(run.batches)
+        rows = collections.Counter(zip(run.batches, run.paddings, strict=True))
         layers = collections.Counter(run.kinds_of_layers)
-        fixed = run.head_s() + sum(count * run.embedding_s(size, sweep) for size, count in rows.items())
+        sweeps = {padding: run.without_padding(sweep, padding) for _, padding in rows}
+        fixed = run.head_s() + sum(count * run.embedding_s(size, sweeps[p]) for (size, p), count in rows.items())
         for tier in Tier:
             cells, hidden = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
             cells[Lane.COMPUTE] = fixed
-            for size, count in rows.items():
+            for (size, padding), count in rows.items():
+                own = sweeps[padding]
                 for stage, like in layers.items():
-                    for lane, seconds in run.cell_lanes(stage, size, tier, sweep).items():
+                    for lane, seconds in run.cell_lanes(stage, size, tier, own).items():
                         cells[lane] += count * like * seconds
-                for lane, seconds in run.hidden_lanes(size, tier, sweep).items():
+                for lane, seconds in run.hidden_lanes(size, tier, own).items():
                     hidden[lane] += count * seconds
             made["cache", tier], made["hidden", tier] = cells, hidden
             made["weights", tier] = self._corner(run.policy, tier).lanes[bool(sweep.past)]
@@ -373,10 +379,13 @@ class Planner:
 
     def _corner(self, policy: Policy, tier: Tier) -> _Corner:
         """All weights on one tier, or where they are given to be."""
-        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, policy.overlap, tier)
+        # with experts, a larger block needs more of the weights
+        block = policy.block_size if any(layer.experts for layer in self.shape.layers) else 0
+        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, policy.overlap, tier, block)
         if key not in self._corners:
             run = self.run(policy.replace(weights=self.freedom.weights or Placement.all_on(tier)))
-            lanes = (run.weight_lanes(is_first=True), run.weight_lanes(is_first=False))
+            prefill, decode = run.sweeps()
+            lanes = (run.weight_lanes(prefill), run.weight_lanes(decode or Sweep(1, self.workload.prompt_len)))
             self._corners[key] = _Corner(lanes, totals(run.layout.needs(run.rings)))
         return self._corners[key]
 

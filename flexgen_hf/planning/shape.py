@@ -112,9 +112,31 @@ class LayerShape:
         """Elements of matrices that a token is multiplied with: of experts, those that it is sent to."""
         return round(sum(t.elements * t.used for t in self.tensors if t.kind == "matrix"))
 
-    def touched_elements(self, tokens: int) -> float:
-        """Elements of matrices that `tokens` tokens use together, if they choose experts at random."""
-        return sum(t.elements * (1 - (1 - t.used) ** tokens) for t in self.tensors if t.kind == "matrix")
+    @functools.cached_property
+    def experts(self) -> tuple[TensorShape, ...]:
+        """Matrices of all experts, each with experts first; nothing if there are none."""
+        return tuple(t for t in self.tensors if t.part == "experts" and len(t.shape) == 3)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return self.experts[0].shape[0] if self.experts else 0
+
+    @functools.cached_property
+    def shared_elements(self) -> int:
+        """Elements of matrices that every token is multiplied with."""
+        return sum(t.elements for t in self.tensors if t.kind == "matrix" and t not in self.experts)
+
+    @functools.cached_property
+    def expert_elements(self) -> int:
+        """Elements of one expert's matrices."""
+        return sum(t.elements // t.shape[0] for t in self.experts)
+
+    def chosen_experts(self, tokens: int) -> int:
+        """How many experts `tokens` tokens are expected to choose together, if each chooses at random."""
+        if not self.experts:
+            return 0
+        return round(self.num_experts * (1 - (1 - self.experts[0].used) ** tokens))
 
     def attended(self, tokens: int) -> int:
         """How many of so many tokens a query attends to."""
@@ -228,6 +250,7 @@ class ModelShape:
             casts_head=direct and self.stored_itemsize != self.itemsize,
             makes_masks_late=self.attends_plainly,
             reads_once=self.is_tested,
+            waits_for_experts=any(layer.experts for layer in self.layers),
         )
 
     def in_dtype(self, dtype: str) -> ModelShape:

@@ -95,9 +95,21 @@ class Account:
         Raises:
             CapacityError: with the numbers, and with policies near to this one under which the call fits.
         """
-        if self._entries is not None:
-            call = self._generated(settings, model_kwargs, prompts, length, self._entries)
-            self._enter(dataclasses.replace(call, keeps_past=keeps_past))
+        entries = self._entries
+        if entries is not None:
+            call = self.generated(settings, model_kwargs, prompts, length, entries.tokens)
+            self._enter(dataclasses.replace(call, may_be_cut=entries.may_be_cut, keeps_past=keeps_past))
+
+    def adopt(self, policy: Policy, demand: Demand) -> None:
+        """Goes on with another policy, before anything of a call is entered."""
+        self._policy, self.demand = policy, demand
+
+    def held_by_others(self) -> dict[Tier, int]:
+        """Bytes taken now that are neither the weights' nor what every call needs: of caches that a caller keeps."""
+        mine = totals(self.demand.weights(self._policy.weights))
+        pinned = self._ledger.held_as(Tier.HOST, "pinned buffers")
+        held = {tier: max(0, self._ledger.held(tier) - mine[tier]) for tier in Tier}
+        return {**held, Tier.HOST: max(0, held[Tier.HOST] - pinned)}
 
     @contextlib.contextmanager
     def forward(self, given: Mapping[str, Any], spans: Sequence[Span], tokens: int) -> Iterator[bool]:
@@ -198,18 +210,26 @@ class Account:
             micro_batches=() if cache is None else tuple(end - start for start, end in spans),
         )
 
-    def _generated(
+    def generated(
         self,
         settings: GenerationConfig,
         model_kwargs: Mapping[str, Any],
         prompts: int,
         length: int,
-        entries: _Entries,
+        prompt_tokens: int | None,
     ) -> Call:
-        """A block of a call of `generate` in numbers."""
+        """A call of `generate` in numbers, with all its rows in flight.
+
+        Args:
+            settings: of the call.
+            model_kwargs: its other arguments.
+            prompts: rows, before they are copied for beams and returned sequences.
+            length: tokens that a row can get.
+            prompt_tokens: of each prompt, those that a given cache holds included; None if the call does not say it.
+        """
         given = model_kwargs.get("past_key_values")
         past = given.get_seq_length() if isinstance(given, Cache) else 0
-        whole = length if entries.tokens is None else entries.tokens
+        whole = length if prompt_tokens is None else prompt_tokens
         tokens = length if settings.use_cache is False else max(1, whole - past)
         beams = settings.num_beams or 1
         copies = max(beams, settings.num_return_sequences or 1)
@@ -222,7 +242,6 @@ class Account:
             past=past,
             beams=beams,
             copies=copies,
-            may_be_cut=entries.may_be_cut,
             makes_cache=given is None and settings.use_cache is not False,
             logit_tokens=tokens if self._all_logits else 1,
             kept_logits=keeps * max(1, length + 1 - whole),

@@ -1,7 +1,7 @@
 """Finds the stages of a Hugging Face causal language model; refuses by name what this engine cannot run.
 
-The only file that may name a model family. It looks at module structure and configuration, never at weights, and
-runs on a model that lives on the `meta` device.
+It looks at module structure and configuration, never at weights, and runs on a model that lives on the `meta` device.
+Of the families' names, it knows what `families` says.
 """
 
 from __future__ import annotations
@@ -17,19 +17,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedModelError
+from .families import is_tested
 from .state_trial import kept_between_tokens
 
-__all__ = ["TESTED", "TESTED_WITH", "Structure", "describe", "is_tested"]
-
-#: model types compared with transformers in this project's own tests
-TESTED = frozenset(
-    "bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 falcon gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode "
-    "gpt_neox gpt_oss gptj granite llama mistral mixtral mpt olmo2 olmoe opt phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
-    "smollm3 stablelm".split()
-)
-
-#: the version of transformers that they were compared with
-TESTED_WITH = "5.23"
+__all__ = ["Structure", "describe"]
 
 # Layer kinds of `config.layer_types` whose state is plain keys and values.
 _CACHE_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -167,11 +158,6 @@ def describe(model: nn.Module) -> Structure:
     structure = Structure(model, _find_layers(model))
     _check_state(model)
     return structure
-
-
-def is_tested(model_type: str) -> bool:
-    """Whether this project's tests compare the family with transformers."""
-    return model_type in TESTED
 
 
 def _find_layers(model: nn.Module) -> str:

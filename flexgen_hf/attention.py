@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from .architectures import is_tested
 from .cell_attention import KeptStates, kept_states
 from .errors import UnsupportedModelError
+from .families import is_tested
+from .planning.budget import ModelSizes
+from .policy import Policy
 
-__all__ = ["NAME", "check_supported", "register", "why_not_supported"]
+__all__ = ["NAME", "attend_for", "check_supported", "is_replaceable", "register", "why_not_supported"]
 
 #: the name under which transformers knows the attention and mask functions
 NAME = "flexgen"
@@ -52,6 +54,30 @@ def why_not_supported(model: Any) -> str | None:
     if getattr(config, "kv_lora_rank", None):
         return "it expands keys and values on the device after they leave the cache"
     return None
+
+
+def is_replaceable(model: Any) -> bool:
+    """Whether a model attends as it does by default, or as we made it, and not in a way that its user chose."""
+    return getattr(model.config, "_attn_implementation", None) in ("sdpa", NAME)
+
+
+def attend_for(model: Any, policy: Policy, sizes: ModelSizes, *, direct: bool) -> None:
+    """Gives a model the attention of this file where a policy needs it.
+
+    Args:
+        model: whose attention it is.
+        policy: that will be in force.
+        sizes: of the model.
+        direct: compute works in host memory, so cells on the host are attended to there anyway.
+
+    Raises:
+        UnsupportedModelError: attention on the host is asked for, and cannot be had.
+    """
+    if policy.host_attention and not direct:
+        check_supported(model)
+        model.set_attn_implementation(NAME)
+    elif sizes.attends_kept or (policy.num_batches > 1 and sizes.makes_masks_late):
+        model.set_attn_implementation(NAME)
 
 
 class _LateMask:

@@ -41,7 +41,7 @@ class CacheSpace:
         host_attention: cells that live on the host are attended to there.
         compression: in how many bits cells are kept.
         dtype: of compute.
-        attends_kept: on a CPU, attention takes cells in groups as they are kept.
+        attends_kept: attention takes cells as they are kept (`planning.budget.attends_kept`).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CacheSpace:
         kept = kept_dtype(dtype, self._compression)
         #: cells are not kept as compute uses them
         self.casts = kept != dtype
-        self.attends_kept = attends_kept and space.is_direct and kept is torch.uint8
+        self.attends_kept = attends_kept
         slots = range(space.rings.cache)
         self._staging = [space.staging("cache slots") for _ in slots]
         self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "cache slots") for _ in slots]

@@ -115,6 +115,8 @@ class Executor:
         self._parameters = ParameterTable(model)
         self._tiles, self._dequantized_tiles = TileCast(), TileDequantize()
         self._codes: dict[str, tuple[Quantized, GroupFormat]] = {}  # of the stage that computes
+        self._multiplied: list[Any] = []  # modules whose products are ours
+        self._mixtures = mixtures
         self._experts = Experts(mixtures, weights, self._tiles, self._dequantized_tiles)
         self._parameters.leave_out(self._experts.placeholders())
         self._parameters.install_resident(weights, model, space.device)
@@ -215,6 +217,38 @@ class Executor:
         """Lets go of the last run's cache, which is held while lanes may write to it."""
         self.settle()
         self._cache = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call runs inside of another one's session."""
+        return self._depth > 1
+
+    def adopt(self, policy: Policy, place: Callable[[], WeightStore] | None = None) -> None:
+        """Goes on with another policy of the same rings, before anything of a session was computed.
+
+        Args:
+            policy: the new one.
+            place: gives the weights as they are to be placed, if they are to be placed anew; what they take is given
+                back before. If that fails the model cannot be used any more.
+        """
+        assert not self.is_busy
+        self.policy = policy
+        if place is not None:
+            self._abort()
+            self._parameters.clear(resident=True)
+            self.weights.close()
+            try:
+                self.weights = place()
+                self.weights.load_homes()
+            except BaseException:
+                self.close()
+                raise
+            self._experts = Experts(self._mixtures, self.weights, self._tiles, self._dequantized_tiles)
+            self._parameters.install_resident(self.weights, self.model, self.space.device)
+            self._patch_products()
+        if self.last_run is not None:
+            self.last_run.policy = policy
+            self.last_run.placement["weights"] = self.weights.placement
 
     def close(self) -> None:
         """Gives back the weights' memory and files."""
@@ -456,9 +490,7 @@ class Executor:
         for index, layer in enumerate(self.structure.layers):
             layer.__dict__["flexgen_forward"] = layer.forward
             layer.__dict__["forward"] = functools.partial(self._enter_layer, index + 1, layer)
-            for name in self.weights.late(index + 1):
-                linear: Any = self._parameters.owner(name)
-                linear.__dict__["forward"] = functools.partial(self._multiply, name, linear)
+        self._patch_products()
         for stage, experts in self._experts.modules():
             experts.__dict__["forward"] = functools.partial(self._enter_experts, stage)
         model: Any = self.model
@@ -474,6 +506,17 @@ class Executor:
         if head is not None and head is not embedding:
             head.__dict__["flexgen_forward"] = head.forward
             head.__dict__["forward"] = functools.partial(self._enter_head, head)
+
+    def _patch_products(self) -> None:
+        """Has matrices multiplied here that arrive in another form than that of compute; no others."""
+        for module in self._multiplied:
+            del module.__dict__["forward"]
+        self._multiplied = []
+        for index in range(len(self.structure.layers)):
+            for name in self.weights.late(index + 1):
+                linear: Any = self._parameters.owner(name)
+                linear.__dict__["forward"] = functools.partial(self._multiply, name, linear)
+                self._multiplied.append(linear)
 
     def _enter_layer(self, stage: int, layer: Any, *args: Any, **kwargs: Any) -> Any:
         coroutine = self._current(f"layer {stage - 1}")

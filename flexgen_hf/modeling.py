@@ -7,8 +7,10 @@ otherwise go wrong in silence. One of the two files that touch transformers' les
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from . import attention
 from .accounting import Account, cache_geometry, windows_of
+from .auto_policy import AutoPolicy
 from .cell_space import CacheSpace
 from .checkpoint_files import CheckpointTensor, source_fingerprint
 from .checkpoints import plan_shards
@@ -30,8 +33,11 @@ from .gguf_files import refuse_missing_reader
 from .kv_cache import BlockCache, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
-from .planning.budget import Demand
+from .planning.budget import Demand, rings_of
+from .planning.cost import Workload
+from .planning.hardware import Hardware
 from .planning.placement import assign
+from .planning.plan import Plan
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
@@ -39,7 +45,7 @@ from .rotary import FurthestPosition
 from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
-__all__ = ["FlexGenForCausalLM", "attach"]
+__all__ = ["FlexGenForCausalLM", "attach", "say"]
 
 
 class FlexGenForCausalLM(FixedWeights):
@@ -55,9 +61,12 @@ class FlexGenForCausalLM(FixedWeights):
     generation_config: Any
     #: whether `generate` shows a progress bar on stderr; set it on a model, or here for all of them
     show_progress: bool = False
+    #: whether `policy="auto"` says on stderr, in a line, what it found; set it here before a model is loaded
+    show_plan: bool = True
     _executor: Executor
     _account: Account
     _furthest: FurthestPosition
+    _auto: AutoPolicy | None
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("use FlexGenForCausalLM.from_pretrained(...)")
@@ -74,18 +83,26 @@ class FlexGenForCausalLM(FixedWeights):
         device: str | torch.device | None = None,
         batch_size: int | None = None,
         num_batches: int | None = None,
+        hardware: Hardware | dict[str, Any] | str | Path | None = None,
+        workload: dict[str, int | None] | None = None,
+        objective: str | None = None,
+        deadline_s: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads a model from the Hub, a local folder, or a converted store.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder, as transformers takes it; or a local `.gguf` file.
-            policy: a `Policy`, its dict, JSON text or file, or six percentages; None fills the fastest tiers first.
+            policy: a `Policy`, its dict, JSON text or file (what `flexgen-hf plan --json` writes is one), six
+                percentages, or `"auto"`, which finds the best one for this machine, the model, `max_memory` and the
+                workload, and then for what `generate` is asked (see `plan`); None fills the fastest tiers first.
             compression: a `Compression`, its dict or JSON, or `"4bit"` for weights and cache. With `weights` (or
                 `tables`, or `patterns`), a checkpoint that is not quantized is converted once into `offload_folder`; a
                 quantized store needs none, and refuses another one. With `cache=4` (or 2, 3, 8), keys and values are
                 kept in groups along head_dim, each with a scale and a minimum of 16 bits; with `cache=16` in float16
-                where compute uses float32. Values above 65504 are refused in groups, and overflow in float16.
+                where compute uses float32. Values above 65504 are refused in groups, and overflow in float16. With
+                `policy="auto"`, `"any"` leaves it to the search whether weights, or the cache, go into 4 bits; where
+                nothing is said, nothing is compressed and tokens are those of transformers.
             max_memory: the most each tier may hold, e.g. `{0: "14GiB", "cpu": "180GiB", "disk": "1TiB"}`; 0 is the
                 device. On a machine without accelerator "cpu" limits device and host together, and the C library is
                 told to return freed memory to the system.
@@ -93,6 +110,13 @@ class FlexGenForCausalLM(FixedWeights):
             device: where to compute; by default the accelerator, else the CPU.
             batch_size: overrides the policy's.
             num_batches: overrides the policy's.
+            hardware: for `"auto"`, the machine: a `Hardware`, a file that `flexgen-hf profile` wrote, or a preset; by
+                default this one, which is measured once and kept in Hugging Face's cache of assets.
+            workload: for `"auto"`, what is to be generated, as far as it is known: `batch` (prompts; None for as many
+                as are fastest), `prompt_len` and `max_new_tokens`. By default 32 prompts, 384 and 128 tokens.
+            objective: for `"auto"`, `"throughput"`, `"latency"` (the shortest time), or `"block"` (the largest block
+                that ends within `deadline_s`).
+            deadline_s: seconds, for `"block"`.
             kwargs: everything else that transformers' `from_pretrained` takes (dtype, revision, token, gguf_file, ...).
 
         Raises:
@@ -104,6 +128,10 @@ class FlexGenForCausalLM(FixedWeights):
         options = {
             "quant_method": "flexgen",
             "policy": policy.to_dict() if isinstance(policy, Policy) else policy,
+            "hardware": hardware.to_dict() if isinstance(hardware, Hardware) else hardware,
+            "workload": workload,
+            "objective": objective,
+            "deadline_s": deadline_s,
             "compression": compression.to_dict() if isinstance(compression, Compression) else compression,
             "max_memory": max_memory,
             "offload_folder": None if offload_folder is None else str(offload_folder),
@@ -138,6 +166,14 @@ class FlexGenForCausalLM(FixedWeights):
     def policy(self) -> Policy:
         """The policy in force."""
         return self._executor.policy
+
+    @property
+    def plan(self) -> Plan | None:
+        """What `policy="auto"` found: the policy, what is predicted of it, why, and what else there was; else None.
+
+        At first for the workload that was declared, after `generate` for what that was asked to do.
+        """
+        return None if self._auto is None else self._auto.plan
 
     @property
     def last_run(self) -> RunReport | None:
@@ -175,6 +211,7 @@ class FlexGenForCausalLM(FixedWeights):
         call = by_name(whole, args, kwargs)
         with torch.no_grad(), self._executor.session() as report:
             settings = self._settings(whole, call)
+            self._plan_for(call, settings)
             # Prompts of one length together: what of their padding is common is left out.
             order = longest_first(call, settings) if self._executor.structure.numbers_tokens_by_mask else None
             call = call if order is None else in_order(call, order)
@@ -188,6 +225,42 @@ class FlexGenForCausalLM(FixedWeights):
                 else:
                     generate = shown(whole)
                 return generate(**call) if order is None else back_in_order(generate(**call), order)
+
+    def _plan_for(self, call: dict[str, Any], settings: GenerationConfig) -> None:
+        """With `policy="auto"`, goes on with the policy that is best for a call; a given cache has its own blocks."""
+        auto, executor, width = self._auto, self._executor, prompt_tokens(call)
+        if auto is None or executor.is_busy or width is None or call.get("past_key_values") is not None:
+            return
+        prompts = next(iter(row_inputs(call).values()), call.get("inputs_embeds"))
+        assert prompts is not None
+        length = max(width + 1, self._longest(call, settings, width)) - 1
+        asked = self._account.generated(settings, call, prompts.shape[0], length, width)
+        is_assisted = bool(settings.is_assistant or settings.prompt_lookup_num_tokens or call.get("assistant_model"))
+        is_cut = may_be_cut(call, settings) and not self._furthest.is_needed
+        asked = dataclasses.replace(asked, may_be_cut=is_cut, keeps_past=is_assisted)
+        workload = Workload(width, length + 1 - width, asked.rows)
+        before, can_attend = self.policy, attention.is_replaceable(self)
+        is_moved = auto.choose_again(asked, workload, self._account.held_by_others(), host_attention=can_attend)
+        policy = auto.plan.policy
+        if policy == before and not is_moved:
+            return
+        rings, placing = rings_of(policy), auto.placing
+        place = functools.partial(placing.store, policy.weights, rings, one_batch=policy.num_batches == 1)
+        executor.adopt(policy, place if is_moved else None)
+        self._account.adopt(policy, placing.demand(rings, one_batch=auto.one_batch))
+        if can_attend:
+            attention.attend_for(self, policy, placing.sizes, direct=executor.space.is_direct)
+        say(auto.said(workload))
+
+    def _longest(self, call: dict[str, Any], settings: GenerationConfig, width: int) -> int:
+        """Tokens that a row of a call can get, by transformers' rules."""
+        if settings.max_new_tokens is not None:
+            return width + int(settings.max_new_tokens)
+        given = (call.get("generation_config"), self.generation_config)
+        if call.get("max_length") or any(getattr(one, "max_length", None) is not None for one in given):
+            return int(settings.max_length)
+        longest = getattr(self.config, "max_position_embeddings", None)
+        return min(width + int(settings.max_length), longest or sys.maxsize)
 
     @contextlib.contextmanager
     def _progress(
@@ -424,7 +497,13 @@ class FlexGenForCausalLM(FixedWeights):
         return output
 
 
-def attach(model: Any, executor: Executor, demand: Demand) -> None:
+def say(line: str) -> None:
+    """A line on stderr about a plan, unless `FlexGenForCausalLM.show_plan` is off."""
+    if FlexGenForCausalLM.show_plan:
+        sys.stderr.write(f"flexgen_hf: {line}\n")
+
+
+def attach(model: Any, executor: Executor, demand: Demand, auto: AutoPolicy | None = None) -> None:
     """Gives `model` a class that is both its own and `FlexGenForCausalLM`."""
     plain = type(model)
     signature = inspect.signature(plain.forward)
@@ -438,6 +517,7 @@ def attach(model: Any, executor: Executor, demand: Demand) -> None:
     names = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
     model.__class__ = type(plain.__name__, (FlexGenForCausalLM, plain), names)
     object.__setattr__(model, "_executor", executor)
+    object.__setattr__(model, "_auto", auto)
     account = Account(model.config, demand, executor.policy, executor.space.ledger, signature.parameters)
     object.__setattr__(model, "_account", account)
     object.__setattr__(model, "_furthest", FurthestPosition(model))

@@ -67,8 +67,8 @@ def families(types: list[str] | None = None) -> list[Family]:
     Raises:
         UnsupportedModelError: a type that is not among them.
     """
-    from .architectures import TESTED
     from .errors import UnsupportedModelError
+    from .families import TESTED
     from .sweep import quiet
 
     wanted = sorted(TESTED) if types is None else types
@@ -82,7 +82,7 @@ def families(types: list[str] | None = None) -> list[Family]:
 
 def families_table(found: list[Family]) -> str:
     """Families as a table in Markdown."""
-    from .architectures import TESTED_WITH
+    from .families import TESTED_WITH
 
     lines = [
         "| type | class | weights, cache, hidden states on | 4 bit | host attention | compared with transformers |",

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conversion.convert import convert
 from conversion.verify import verify
-from flexgen_hf import Compression, Placement, Policy, UnsupportedModelError
+from flexgen_hf import Compression, Placement, Policy, UnsupportedModelError, attention
 from flexgen_hf.accounting import cache_geometry
-from flexgen_hf.architectures import TESTED, Structure
+from flexgen_hf.architectures import Structure
 from flexgen_hf.attention import why_not_supported
 from flexgen_hf.bench import emulated
+from flexgen_hf.families import TESTED, attends_plainly
 
 from .checkpoints import opt_config
 from .comparison import (
@@ -289,3 +290,12 @@ def test_operations_on_a_cache_that_slides(mistral: Path, percents: str) -> None
         cache.crop(-5)
         rest = {"input_ids": prompts["input_ids"][:, 4:], "attention_mask": prompts["attention_mask"]}
         same_values(plain(**prompts).logits[:, 4:], ours(**rest, past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize("name", sorted(TESTED))
+def test_families_attend_as_is_said_of_them(name: str) -> None:
+    """What a planner is told by a name, a model that is there says by itself."""
+    config = AutoConfig.for_model(**{**FAMILIES[name], "model_type": name})
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    assert attends_plainly(name) == (attention.why_not_supported(model) is None)

@@ -352,7 +352,6 @@ def test_pipeline_by_name(with_tokenizer: Path, tmp_path: Path, how: str, caplog
     [
         ({"policy": "20 80"}, PolicyError, "not 6"),
         ({"policy": {"wieghts": {}}}, PolicyError, "did you mean 'weights'"),
-        ({"policy": "auto"}, PolicyError, "policy='auto' is not available in this version"),
         ({"policy": "/nowhere/policy.json"}, PolicyError, "cannot read '/nowhere/policy.json'"),
         ({"batch_size": 0}, PolicyError, "batch_size=0 must be a whole number"),
         ({"num_batches": -1}, PolicyError, "num_batches=-1"),

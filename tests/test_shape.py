@@ -18,6 +18,7 @@ from flexgen_hf.accounting import cache_geometry, shape_of, windows_of
 from flexgen_hf.architectures import describe
 from flexgen_hf.bench.shapes import SHAPES, config_of_shape
 from flexgen_hf.cell_layout import CellShape
+from flexgen_hf.families import attends_plainly
 from flexgen_hf.planning.shape import ModelShape, kept_row_bytes, quantized_bytes, read_config
 from flexgen_hf.quantization.groupwise import GroupFormat
 
@@ -77,9 +78,9 @@ def test_the_sizes_are_those_of_the_accounting(name: str, bits: int | None) -> N
     shape = ModelShape.from_config(json.loads(config.to_json_string(use_diff=False))).in_dtype("float32")
     assert dataclasses.replace(shape, stored_itemsize=4).sizes(compression, direct=True) == dataclasses.replace(
         expected,
-        makes_masks_late=shape.latent is None,
+        makes_masks_late=attends_plainly(name),
         reads_once=True,
-        attends_kept=bits == 4 and shape.latent is None,
+        attends_kept=bits == 4 and attends_plainly(name),
     )
 
 

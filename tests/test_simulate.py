@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexgen_hf import Compression, Policy, Tier
 from flexgen_hf.bench.shapes import shape_fields
-from flexgen_hf.planning.cost import PlannedRun, Prediction, Sweep, Workload, predict
+from flexgen_hf.planning.cost import Known, PlannedRun, Prediction, Sweep, Workload, predict
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.layout import Piece, PlannedTensor
 from flexgen_hf.planning.presets import PRESETS, preset
@@ -82,7 +82,7 @@ def planned(model: Any, checkpoint: Path, hardware: Hardware, workload: Workload
     shape = ModelShape.from_config(read_config(checkpoint)).in_dtype("float32")
     weights = model._executor.weights
     stored = [_planned_tensor(model, tensor) for tensor in weights.stored]
-    run = PlannedRun(shape, hardware, model.policy, workload, tensors=stored, pieces=None)
+    run = PlannedRun(shape, hardware, model.policy, workload, known=Known(lambda _: stored), pieces=None)
     routes = weights.routes()
     assert [set(pieces) for pieces in run.layout.routes] == [set(pieces) for pieces in routes]
     # where tensors of a stage lie apart in their file, what is read in place comes in more pieces

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flexgen_hf import UnsupportedModelError
-from flexgen_hf.architectures import TESTED, describe
+from flexgen_hf.architectures import describe
+from flexgen_hf.families import TESTED
 from flexgen_hf.state_trial import kept_between_tokens
 from flexgen_hf.tiny_configs import tiny_config
 

@@ -7,9 +7,10 @@ import transformers
 from typer.testing import CliRunner
 
 from flexgen_hf import UnsupportedModelError, cli
-from flexgen_hf.architectures import TESTED, TESTED_WITH, Structure
+from flexgen_hf.architectures import Structure
 from flexgen_hf.cells import Cell
 from flexgen_hf.executor import Executor
+from flexgen_hf.families import TESTED, TESTED_WITH
 from flexgen_hf.models_command import families, families_table
 from flexgen_hf.sweep import Outcome, table, try_type
 from flexgen_hf.tiny_configs import causal_types

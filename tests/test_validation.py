@@ -29,7 +29,7 @@ from flexgen_hf.bench.validation import (
     grid,
     known_records,
 )
-from flexgen_hf.bench.workload import Workload
+from flexgen_hf.bench.workload import BenchWorkload
 from flexgen_hf.planning.budget import fits
 from flexgen_hf.planning.cost import limits_of
 from flexgen_hf.planning.hardware import Hardware
@@ -37,7 +37,7 @@ from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.search import COMPRESSIONS
 
 MACHINE = dataclasses.replace(preset("cpu2"), cores=2, threads=2)
-WORKLOAD = Workload(prompt_len=16, new_tokens=4, rows=8)
+WORKLOAD = BenchWorkload(prompt_len=16, new_tokens=4, rows=8)
 MB = 10**6
 
 

@@ -192,7 +192,7 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     from .limits import Limits
     from .systems import SYSTEMS, Job
     from .trial import Bench
-    from .workload import Workload
+    from .workload import BenchWorkload
 
     names = _words(systems, "--systems", SYSTEMS)
     shares = _policy(
@@ -221,7 +221,7 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     job = Job(
         system="flexgen",
         model=str(weights),
-        workload=Workload(prompt_len, new_tokens, block, seed),
+        workload=BenchWorkload(prompt_len, new_tokens, block, seed),
         dtype=dtype,
         offload_folder=str(folder),
         device=where,

@@ -29,7 +29,7 @@ from .limits import Limits
 from .quantized import quantized_store
 from .systems import Job
 from .trial import Record
-from .workload import Workload
+from .workload import BenchWorkload
 
 __all__ = ["Case", "Drawing", "Ground", "Measuring", "Subject", "chosen", "drawn", "grid", "known_records"]
 
@@ -103,7 +103,7 @@ class Case:
     kind: str
 
     @property
-    def workload(self) -> Workload:
+    def workload(self) -> BenchWorkload:
         """No more rows than a block, and as many as there are if those are fewer."""
         asked = self.subject.job.workload
         rows = self.policy.block_size if self.kind == "random" else min(self.policy.block_size, asked.rows)

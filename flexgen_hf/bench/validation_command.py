@@ -20,7 +20,7 @@ from .sizes import Size, parse_size, parse_sum
 from .systems import DeviceSpec, Job
 from .trial import Bench, Record
 from .validation import PROCESS_BYTES, Drawing, Ground, Measuring, Subject, chosen, drawn, grid, known_records
-from .workload import Workload
+from .workload import BenchWorkload
 
 __all__ = ["Asked", "validate"]
 
@@ -159,7 +159,7 @@ def _subject(asked: Asked, model: Path, work_folder: Path, memory: Size | None, 
     job = Job(
         system="flexgen",
         model=str(model),
-        workload=Workload(asked.prompt_len, asked.new_tokens, asked.rows, asked.seed),
+        workload=BenchWorkload(asked.prompt_len, asked.new_tokens, asked.rows, asked.seed),
         dtype=asked.dtype,
         offload_folder=str(work_folder),
         device=DeviceSpec(asked.device),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..report import peak_rss_bytes, rss_bytes
 from .systems import DeviceSpec, Job, load
-from .workload import Workload
+from .workload import BenchWorkload
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def _warm_up(job: Job) -> None:
     dtype: torch.dtype = getattr(torch, job.dtype)
     config = config_of_shape("tiny")
     tiny: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    tiny.eval().generate(**Workload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
+    tiny.eval().generate(**BenchWorkload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
     if job.compression:
         _warm_up_kernels(dtype)
 

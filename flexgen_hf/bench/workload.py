@@ -11,14 +11,14 @@ from ..errors import PolicyError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Workload"]
+__all__ = ["BenchWorkload"]
 
 # below are the special tokens of the models that we measure
 _FIRST_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class BenchWorkload:
     """One call of `generate`: greedy, no token ends a text.
 
     Args:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from ..policy import Placement, Policy, Tier
+from ..policy import Compression, Placement, Policy, Tier
 from .placement import assign
 from .schedule import Rings
 
@@ -30,6 +30,7 @@ __all__ = [
     "ModelSizes",
     "Need",
     "alternatives",
+    "attends_kept",
     "difference",
     "fits",
     "largest",
@@ -371,6 +372,18 @@ def room_for(tokens: int, window: int | None) -> int:
     window is moved to the front: eight tokens for each new one.
     """
     return tokens if window is None else min(tokens, max(1, window - 1) + max(1, window // 8))
+
+
+def attends_kept(compression: Compression, *, direct: bool, is_plain: bool) -> bool:
+    """Whether attention takes cells as they are kept, so that nothing is unpacked into slots: the one rule for it.
+
+    Args:
+        compression: how cells are kept.
+        direct: compute works in host memory.
+        is_plain: the model's attention is scaled dot products of what the cache returns, through transformers'
+            interface, and its code does nothing else with that.
+    """
+    return direct and is_plain and compression.groups_cache
 
 
 def pages(nbytes: int) -> int:

@@ -16,15 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import PolicyError
-from ..policy import Policy, Tier
-from .budget import Call, Demand, Limit, rings_of
+from ..policy import Compression, Policy, Tier
+from .budget import Call, Demand, Limit, ModelSizes, rings_of
 from .hardware import Hardware
 from .layout import Piece, PlannedTensor, WeightLayout, tensors_of
 from .placement import assign
 from .schedule import Choose, Lane, Route, Step, Traffic, What
 from .shape import LayerShape, ModelShape
 
-__all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "crossed", "limits_of", "predict"]
+__all__ = [
+    "Known", "Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "call_of", "crossed", "limits_of", "predict",
+]  # fmt: skip
 
 #: seconds of each lane
 Lanes = dict[Lane, float]
@@ -86,6 +88,23 @@ class Workload:
         lengths = sorted(self.lengths[:rows], reverse=True)
         firsts = itertools.accumulate(batches[:-1], initial=0)
         return [self.prompt_len - lengths[first] for first in firsts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a model and a call that are there, beyond what a configuration and a workload say.
+
+    Args:
+        tensors: the model's weights under a compression.
+        sizes: what decides how much memory a call takes, under a compression.
+        pinned: the links of the device need pinned memory; None if they do wherever there are links.
+        call: with all its rows; None for a plain one of the workload.
+    """
+
+    tensors: Callable[[Compression], Sequence[PlannedTensor]] | None = None
+    sizes: Callable[[Compression], ModelSizes] | None = None
+    pinned: bool | None = None
+    call: Call | None = None
 
 
 class Sweep(NamedTuple):
@@ -156,7 +175,7 @@ class PlannedRun:
         hardware: the machine.
         policy: placements and block.
         workload: what is to be generated.
-        tensors: its weights, where more is known of them than the shape says.
+        known: of a model that is there.
         pieces: see `WeightLayout`.
     """
 
@@ -167,19 +186,20 @@ class PlannedRun:
         policy: Policy,
         workload: Workload,
         *,
-        tensors: Sequence[PlannedTensor] | None = None,
+        known: Known = Known(),
         pieces: int | None = 8,
     ) -> None:
         self.shape, self.hardware, self.policy, self.workload = shape, hardware, policy, workload
-        self.tensors = tensors_of(shape, policy.compression) if tensors is None else tensors
+        self.tensors = (known.tensors or functools.partial(tensors_of, shape))(policy.compression)
         self.direct = hardware.direct
         self.rings = rings_of(policy)
-        self.call = call_of(policy, workload)
+        self.call = call_of(policy, workload) if known.call is None else known.call.in_block(policy)
         self.batches = self.call.batches(policy)
         self.paddings = workload.paddings(self.batches)
-        sizes = shape.sizes(policy.compression, direct=self.direct)
-        self.casts, self._attends_kept = sizes.kept_key_bytes is not None, sizes.attends_kept
-        self._max_pieces = pieces
+        self._sizes = (known.sizes or functools.partial(shape.sizes, direct=self.direct))(policy.compression)
+        self._pinned = known.pinned if known.pinned is not None else not self.direct
+        self.casts, self._attends_kept = self._sizes.kept_key_bytes is not None, self._sizes.attends_kept
+        self._max_pieces, self._is_exact = pieces, known.tensors is not None
 
     @functools.cached_property
     def cells(self) -> dict[tuple[int, int], Tier]:
@@ -202,6 +222,7 @@ class PlannedRun:
             num_stages=len(self.shape.layers) + 2,
             direct=self.direct,
             pieces=self._max_pieces,
+            exact=self._is_exact,
         )
 
     # ---------------------------------------------------------------------------------------------------- what moves
@@ -497,6 +518,16 @@ class PlannedRun:
                 lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, piece)
         return lanes
 
+    @functools.cached_property
+    def pushed_between_layers_s(self) -> float:
+        """Seconds of the link for the weights of all layers but the first, which crosses it while others work."""
+        return sum(
+            self._weights_s(Lane.HOST_TO_DEVICE, piece)
+            for pieces in self.layout.stages[2:-1]
+            for piece in pieces
+            if piece.pushes
+        )
+
     def cell_lanes(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> Lanes:
         """Seconds of each lane for one layer of a micro-batch and its cell."""
         lanes = {Lane.COMPUTE: self.layer_s(stage, rows, home, sweep)}
@@ -537,8 +568,7 @@ class PlannedRun:
     @functools.cached_property
     def demand(self) -> Demand:
         """What the model takes; of weights, what this policy takes."""
-        sizes = self.shape.sizes(self.policy.compression, direct=self.direct)
-        return Demand(sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=not self.direct)
+        return Demand(self._sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=self._pinned)
 
     @functools.cached_property
     def peak_bytes(self) -> dict[Tier, int]:
@@ -560,21 +590,25 @@ def limits_of(hardware: Hardware) -> list[Limit]:
 def predict(run: PlannedRun) -> Prediction:
     """In closed form: in each sweep the busiest lane hides all others, or the cores that they share are busiest.
 
-    Without overlap, seconds add up.
+    Without overlap, seconds add up. With room for one layer, its weights cross the link when the layer before is
+    computed, so these two add up as well.
     """
     prefill, decode = run.sweeps()
     steps = run.workload.gen_len - 1
     of_prefill = run.lanes(prefill)
     of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
-    combine: Callable[[Lanes], float] = (
-        (lambda lanes: max(*lanes.values(), run.hardware.shared_s(lanes)))
-        if run.policy.overlap
-        else (lambda lanes: sum(lanes.values()))
-    )
+
+    pushed = run.pushed_between_layers_s if run.rings.layers == 1 else 0.0
+
+    def ends(lanes: Lanes, sweeps: int) -> float:
+        if not run.policy.overlap:
+            return sum(lanes.values())
+        return max(*lanes.values(), run.hardware.shared_s(lanes), lanes[Lane.COMPUTE] + sweeps * pushed)
+
     between = run.between_s
     return Prediction(
-        prefill_s=combine(of_prefill) + between,
-        decode_s=combine(of_decode) + steps * between,
+        prefill_s=ends(of_prefill, 1) + between,
+        decode_s=ends(of_decode, steps) + steps * between,
         rows=sum(run.batches),
         gen_len=run.workload.gen_len,
         peak_bytes=run.peak_bytes,

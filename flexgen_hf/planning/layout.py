@@ -154,6 +154,7 @@ class WeightLayout:
         homes: of each tensor, if they are not to follow from the shares.
         pieces: how many pieces of a stage there are at most, for each way that they move; None for as many as a run
             has. Fewer make a simulation shorter.
+        exact: the tensors are those of a model that is there, not what a configuration says of them.
     """
 
     def __init__(
@@ -165,8 +166,9 @@ class WeightLayout:
         direct: bool,
         homes: Sequence[Tier] | None = None,
         pieces: int | None = None,
+        exact: bool = False,
     ) -> None:
-        self.direct, self.num_stages = direct, num_stages
+        self.direct, self.num_stages, self._exact = direct, num_stages, exact
         self._homes = _homes(tensors, policy) if homes is None else list(homes)
         #: 16-bit bytes of each stage that are cast for each product, and not on their way
         self.late = [0] * self.num_stages
@@ -205,7 +207,7 @@ class WeightLayout:
     def needs(self, rings: Rings) -> list[Need]:
         """What loading takes of each tier: homes, slots and staging."""
         pairs = list(zip(self._tensors, self._homes, strict=True))
-        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *self._rounding()]
+        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *([] if self._exact else self._rounding())]
         for size, stages in (
             (rings.layers, self._members[1:-1]),
             (rings.outer, [self._members[0], self._members[-1]]),

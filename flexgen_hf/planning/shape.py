@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError, StoreError, UnsupportedModelError
+from ..families import attends_plainly, is_tested
 from ..policy import Compression
-from .budget import ModelSizes
+from .budget import ModelSizes, attends_kept
 
 __all__ = [
     "DTYPES", "SMALL_SHARE", "LayerShape", "ModelShape", "TensorShape", "kept_row_bytes", "quantized_bytes",
@@ -169,6 +170,9 @@ class ModelShape:
         stored_itemsize: bytes of an element of the checkpoint.
         max_tokens: the longest sequence that positions reach; None if the configuration does not say it.
         name: for messages.
+        attends_plainly: its attention is scaled dot products of what the cache returns; it can be computed on the host,
+            and over cells as they are kept.
+        is_tested: its family is one that this engine is tested with.
     """
 
     layers: tuple[LayerShape, ...]
@@ -184,6 +188,8 @@ class ModelShape:
     max_tokens: int | None = None
     name: str = ""
     latent: tuple[int, int] | None = None
+    attends_plainly: bool = True
+    is_tested: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -260,11 +266,10 @@ class ModelShape:
             kept_key_bytes=kept[0] if kept else None,
             kept_value_bytes=kept[1] if kept and key != value else None,
             windows=windows if any(windows) else (),
-            # what is expanded after it left the cache is brought to where compute is
-            attends_kept=direct and compression.cache not in (None, 16) and self.latent is None,
+            attends_kept=attends_kept(compression, direct=direct, is_plain=self.attends_plainly),
             casts_head=direct and self.stored_itemsize != self.itemsize,
-            makes_masks_late=self.latent is None,
-            reads_once=True,
+            makes_masks_late=self.attends_plainly,
+            reads_once=self.is_tested,
             waits_for_experts=any(layer.experts for layer in self.layers),
         )
 
@@ -317,6 +322,7 @@ class _Reader:
     def shape(self) -> ModelShape:
         vocab = self._size(("vocab_size",))
         tied = self.config.get("tie_word_embeddings", True) is not False
+        family = self.config.get("model_type")
         stored = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float16").removeprefix("torch.")
         if stored not in DTYPES:
             raise UnsupportedModelError(f"{self.name}: dtype {stored!r} is unknown; known are {', '.join(DTYPES)}")
@@ -334,6 +340,9 @@ class _Reader:
             max_tokens=self._known("max_position_embeddings", "n_positions", "seq_length", "max_seq_len") or None,
             name=self.name,
             latent=self.latent,
+            # sizes without a family's name are taken for those of one that is tested
+            attends_plainly=self.latent is None and (family is None or attends_plainly(str(family))),
+            is_tested=family is None or is_tested(str(family)),
         )
 
     # ------------------------------------------------------------------------------------------------- what it holds

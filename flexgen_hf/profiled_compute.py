@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from .cell_layout import CellShape
 from .planning.hardware import Curve
@@ -242,17 +243,15 @@ class Compute:
 
     def _times(self, model_folder: Path, batches: int, weights: str) -> _Times:
         """The shortest of several of each, for a token of each of so many micro-batches of one row."""
-        from . import FlexGenForCausalLM
-
         policy = {"weights": {weights: 1.0}, "cache": {"device": 1.0}, "hidden": {"device": 1.0}}
+        options = {"quant_method": "flexgen", "offload_folder": str(model_folder), "device": str(self._device)}
         prompts = torch.ones(batches, 8, dtype=torch.long, device=self._device)
         times, until = list[_Times](), time.perf_counter() + self._seconds
-        with FlexGenForCausalLM.from_pretrained(
+        # by the way that transformers offers: what loads models lies above this
+        with AutoModelForCausalLM.from_pretrained(
             str(model_folder),
-            policy={**policy, "batch_size": 1, "num_batches": batches},
-            offload_folder=str(model_folder),
-            device=str(self._device),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.dtype,
+            quantization_config={**options, "policy": {**policy, "batch_size": 1, "num_batches": batches}},
         ) as model:
             while len(times) < 2 or time.perf_counter() < until:
                 model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=_TOKENS,

@@ -142,7 +142,7 @@ def test_room_for_one_layer_costs_what_it_stops() -> None:
 
 def test_what_attends_in_its_own_way_is_unpacked_and_stays_on_the_device() -> None:
     """Not through transformers' interface: neither over cells as they are kept, nor on the host."""
-    for family, is_plain in (("opt", True), ("bloom", False), ("gemma2", False), ("unheard of", False)):
+    for family, is_plain in (("opt", True), ("bloom", False), ("gemma2", True), ("mpt", False), ("unheard of", False)):
         shape = ModelShape.from_config({**SMALL, "model_type": family})
         sizes = shape.sizes(Compression(cache=4), direct=True)
         assert sizes.attends_kept is is_plain

@@ -95,7 +95,7 @@ def test_a_window_is_cut_at_the_ends_of_sweeps() -> None:
     timeline = play(planned(), [Sweep(64, 0), Sweep(1, 64), Sweep(1, 65)], keep_events=True)
     bars = bars_of(timeline)
     window = cut(bars, sweeps=(1, 2))
-    between = planned().hardware.sweep_s  # belongs to no step
+    between = planned().between_s  # belongs to no step
     assert window.started == pytest.approx(timeline.ends[0] - between)
     assert window.ended == pytest.approx(timeline.ends[2] - between)
     assert list(window.ends) == [1, 2]

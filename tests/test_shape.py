@@ -18,6 +18,7 @@ from flexgen_hf.accounting import cache_geometry, shape_of, windows_of
 from flexgen_hf.architectures import describe
 from flexgen_hf.bench.shapes import SHAPES, config_of_shape
 from flexgen_hf.cell_layout import CellShape
+from flexgen_hf.experts import find_mixtures
 from flexgen_hf.families import attends_plainly
 from flexgen_hf.planning.shape import ModelShape, kept_row_bytes, quantized_bytes, read_config
 from flexgen_hf.quantization.groupwise import GroupFormat
@@ -81,6 +82,7 @@ def test_the_sizes_are_those_of_the_accounting(name: str, bits: int | None) -> N
         makes_masks_late=attends_plainly(name),
         reads_once=True,
         attends_kept=bits == 4 and attends_plainly(name),
+        waits_for_experts=bool(find_mixtures(structure.layers, structure.layers_name)),
     )
 
 

@@ -35,7 +35,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _ACTIVE = ("num_experts_per_tok", "experts_per_token", "moe_topk")
 
 # Only these have a gated MLP without an RMS norm's epsilon beside it.
-_GATED_ANYWAY = ("logit_scale", "use_qkv_bias", "clip_qkv")
+_GATED_ANYWAY = ("use_qkv_bias", "clip_qkv")
 
 # State that is not keys and values.
 _OTHER_STATE = ("state_size", "ssm_state_size", "mamba_d_state", "ssm_cfg", "rescale_every", "linear_num_value_heads")
@@ -315,9 +315,10 @@ class _Reader:
         self.latent = (rank, self.rotated) if (rank := self._known("kv_lora_rank")) else None
         if self.latent:
             self.head_dim = self._known("qk_nope_head_dim") + self.rotated
-        self.inner = self._known(*_INNER, default=self._known("expansion_ratio", default=4) * self.hidden)
+        self.inner = self._known(*_INNER, default=4 * self.hidden)  # MPT's own ratio is not looked at by its model
         self.is_rms = any(key in config for key in ("rms_norm_eps", "norm_eps"))
-        self.is_gated = self.is_rms or any(key in config for key in _GATED_ANYWAY)
+        is_scaled = config.get("logit_scale") is not None  # Cohere; MPT names it too, and has none
+        self.is_gated = self.is_rms or is_scaled or any(key in config for key in _GATED_ANYWAY)
 
     def shape(self) -> ModelShape:
         vocab = self._size(("vocab_size",))

@@ -287,7 +287,7 @@ class _Reader:
         self.latent = (rank, self.rotated) if (rank := self._known("kv_lora_rank")) else None
         if self.latent:
             self.head_dim = self._known("qk_nope_head_dim") + self.rotated
-        self.inner = self._known(*_INNER, default=self._known("expansion_ratio", default=4) * self.hidden)
+        self.inner = self._known(*_INNER, default=4 * self.hidden)
         self.is_rms = any(key in config for key in ("rms_norm_eps", "norm_eps"))
         self.is_gated = self.is_rms or any(key in config for key in _GATED_ANYWAY)
 

@@ -432,7 +432,7 @@ def test_a_forward_is_described_by_its_arguments(checkpoint: Path, offload: Path
         model(**prompts, logits_to_keep=torch.tensor([0, 3, 5]))
         model(ids[:, :2], attention_mask=torch.cat([mask, mask[:, :2]], 1), past_key_values=past)
         model(**prompts, past_key_values=DynamicCache(config=model.config), labels=ids)
-    plain = Call(5, 6, 6, may_be_cut=False, logit_tokens=6)
+    plain = Call(5, 6, 6, may_be_cut=False, logit_tokens=6, keeps_past=True)
     assert calls == [
         plain,
         replace(plain, makes_cache=False),

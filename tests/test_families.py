@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {**HEADS, "partial_rotary_factor": 0.5},
     "mistral": {**TINY, "sliding_window": 4},
     "mixtral": {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "mpt": {**BASE, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64, "expansion_ratio": 2},
+    "mpt": {**BASE, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64},
     "mixtral sliding": {**TINY, "num_local_experts": 3, "sliding_window": 5},
     "gemma2": {**HEADS, "sliding_window": 4, "layer_types": MIXED},
     "gemma3_text": {**HEADS, "sliding_window": 4, "layer_types": MIXED},

@@ -20,7 +20,7 @@ REFUSED = {
     "state of its own kind": "bailing_hybrid bamba deepseek_v4 falcon_h1 falcon_mamba granitemoehybrid jamba "
     "kimi_linear mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
     "recurrent_gemma rwkv xlstm zamba zamba2 zaya",
-    "layers of kind indexed_attention": "axk2 deepseek_v32 glm_moe_dsa hy_v4",
+    "layers of kind indexed_attention": "axk2 deepseek_v32 dots3_note_text glm_moe_dsa hy_v4",
     "layers of kind conv": "lfm2_moe lfm3",
     "layers of kind hybrid": "inkling2_text inkling_text",
     "layers of kind linear_attention": "minimax",
@@ -29,7 +29,7 @@ REFUSED = {
     "decoder layers": "blt hrm_text longcat_flash",
 }
 NOT_BUILDABLE = (
-    "dots3_note dots3_note_text emu3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant mllama "
+    "dots3_note emu3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant mllama "
     "musicgen musicgen_melody prophetnet qwen4_exp qwen4_exp_text"
 )
 EXPECTED = {

@@ -121,7 +121,8 @@ def test_a_layer_with_other_experts_is_one_stage(tmp_path: Path) -> None:
     layers[1].mlp.experts.other = torch.nn.Parameter(torch.empty(8, 2, 2, device="meta"))
     assert find_mixtures(layers, structure.layers_name).keys() == {2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen_hf.placing.find_mixtures", lambda *_: {})
+        for module in ("loading", "placing"):
+            patch.setattr(f"flexgen_hf.{module}.find_mixtures", lambda *_: {})
         with load_ours(folder, ON_DISK) as ours:
             same_tokens(load_plain(folder), ours, GREEDY, ragged())
             assert ours.last_run.experts.applied == 0

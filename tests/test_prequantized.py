@@ -65,11 +65,13 @@ def assert_converts_to_what_transformers_loads(folder: Path, tmp_path: Path) -> 
     plain = load_plain(folder, dtype=torch.bfloat16)
     convert(folder, tmp_path / "store", dtype="bfloat16")
     verify(tmp_path / "store", folder)
-    again = load_plain(tmp_path / "store", dtype=torch.bfloat16)
-    want, got = plain.state_dict(), again.state_dict()
-    assert want.keys() == got.keys()
-    for name, tensor in want.items():
-        assert torch.equal(tensor.to(got[name].dtype), got[name]), name
+    want = plain.state_dict()
+    got = dict[str, torch.Tensor]()
+    for file in (tmp_path / "store").rglob("*.safetensors"):
+        got |= load_file(file)
+    assert want.keys() - got.keys() <= {"lm_head.weight"}  # which may be tied
+    for name, tensor in got.items():
+        assert torch.equal(tensor, want[name].to(tensor.dtype)), name
 
 
 # --------------------------------------------------------------------------------------------- 8-bit floats with scales

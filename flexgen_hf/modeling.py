@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from . import attention
 from .accounting import Account, cache_geometry
 from .cells import CacheSpace
 from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
+from .continuous.engine import LEAST_SHARED, ContinuousBatches, Engine
+from .continuous.texts import TextCache, TextRequest, Written, current_text
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .fixed_weights import FixedWeights
-from .kv_cache import BlockCache, Span, spans_of
+from .kv_cache import BlockCache, OpenBlock, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
 from .planning.budget import Demand
@@ -180,6 +182,48 @@ class FlexGenForCausalLM(FixedWeights):
                     generate = shown(whole)
                 return generate(**call) if order is None else back_in_order(generate(**call), order)
 
+    def generate_each(
+        self,
+        requests: Iterable[TextRequest],
+        *,
+        window: int | None = None,
+        least_shared: int | None = LEAST_SHARED,
+        on_sweep: Callable[[int], None] | None = None,
+    ) -> Iterator[Written]:
+        """Goes on from prompts that come one by one, however many, with as many in flight as a block holds.
+
+        Each text is what `generate` makes of its prompt alone, with its own options and its own random numbers. A text
+        that ends leaves its place to one that waits, whose prompt is computed in the sweep in which the others get
+        their next token. What several prompts begin with is computed once.
+
+        Args:
+            requests: the prompts; read as far ahead as `window`.
+            window: so many requests are put in the order of their lengths; by default 16 blocks, 1024 at least.
+            least_shared: tokens that a common beginning has at least for it to be computed once; None computes each
+                prompt whole.
+            on_sweep: called after each sweep with the number of tokens that it brought.
+
+        Yields:
+            Texts as they end. What is wrong with one request comes as its `error`.
+
+        Raises:
+            StepError: something could not be moved.
+            UnsupportedModelError: a model that cannot be run in this way.
+        """
+        windows = _windows(self.config)
+        places = [((layer, place), 1) for layer in range(len(windows)) for place in range(self.policy.num_batches)]
+        homes = assign(places, self.policy.cache)
+        block = OpenBlock(self._cache_space(), lambda layer, place: homes[layer, place], windows)
+        engine = Engine(
+            executor=self._executor,
+            account=self._account,
+            block=block,
+            generate=super().generate,  # type: ignore[misc]
+            geometry=None if (geometry := cache_geometry(self.config)) is None else (*geometry, self.dtype),
+            context=getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        )
+        return ContinuousBatches(engine, window, least_shared, on_sweep).run(requests)
+
     @contextlib.contextmanager
     def _progress(
         self, report: RunReport, call: dict[str, Any], settings: GenerationConfig, prompts: int | None
@@ -238,6 +282,11 @@ class FlexGenForCausalLM(FixedWeights):
                 f"cache_implementation={wanted!r}: the policy places the cache; leave cache_implementation out"
             )
         given = model_kwargs.get("past_key_values")
+        if isinstance(given, TextCache):
+            given.limit = length
+            return super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, length
+            )
         self._account.enter_generation(generation_config, model_kwargs, batch_size, length)
         if isinstance(given, BlockCache):
             given.reserve(length)
@@ -258,19 +307,25 @@ class FlexGenForCausalLM(FixedWeights):
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
         policy = self.policy
-        # the user may have set another attention since the model was loaded
-        attends_kept = self._account.demand.shape.attends_kept and self.config._attn_implementation == attention.NAME
-        space = CacheSpace(
-            self._executor.space, policy.host_attention, policy.compression, self.dtype, attends_kept=attends_kept
-        )
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
         windows = _windows(self.config)
         homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
-        cache = BlockCache(space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity))
+        cache = BlockCache(
+            self._cache_space(), spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity)
+        )
         if (geometry := cache_geometry(self.config)) is not None:
             cache.preallocate(*geometry, self.dtype)
         return cache
+
+    def _cache_space(self) -> CacheSpace:
+        """What the cells of a block will share."""
+        policy = self.policy
+        # the user may have set another attention since the model was loaded
+        attends_kept = self._account.demand.shape.attends_kept and self.config._attn_implementation == attention.NAME
+        return CacheSpace(
+            self._executor.space, policy.host_attention, policy.compression, self.dtype, attends_kept=attends_kept
+        )
 
     def _optimize_model_for_decode(self) -> Any:
         # transformers would switch mixtures of experts to an implementation that copies an expert for every token.
@@ -319,6 +374,8 @@ class FlexGenForCausalLM(FixedWeights):
     def _forward(self, plain: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
         """Cuts the rows into micro-batches, runs `plain` on each in the executor, joins what they return."""
         given = flat(signature.bind(self, *args, **kwargs), signature)
+        if (text := current_text()) is not None:
+            return text.forward(functools.partial(plain, self), given)
         return_dict, given["return_dict"] = given.get("return_dict"), True
         source = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if source is None:

@@ -23,7 +23,7 @@ ROWS = (
     {"progress", "microbatches"},
     {"accounting", "padding"},
     {"executor"},
-    {"checkpoints"},
+    {"checkpoints", "continuous"},
     {"loading", "modeling"},
     {"__init__"},
     {"text", "quality", "bench", "apps", "integrations", "profiling"},

@@ -28,7 +28,7 @@ ROWS = (
     {"__init__"},
     {"text", "quality", "bench", "apps", "integrations", "profiling"},
     {"demo", "plan_command", "profile_command"},
-    {"cli"},
+    {"cli", "batch_command"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
 
@@ -37,6 +37,7 @@ MATES = {
     frozenset({"errors", "policy"}): "policies raise errors",
     frozenset({"loading", "modeling"}): "two ends of one hook: from_pretrained enters transformers' loading, which "
     "makes the loaded model one of ours",
+    frozenset({"cli", "batch_command"}): "a command of the command line that loads a model as its others do",
 }
 
 # the package's front door names what is behind it, and registers it with transformers

@@ -127,13 +127,13 @@ class ContinuousBatches:
             try:
                 while True:
                     self._read(source)
+                    if not (self._groups or self._waiting or self._heads):
+                        return
                     with torch.no_grad():
                         self._place()
                         if self._groups or self._heads:
                             self._sweep()
                     yield from self._taken()
-                    if not (self._groups or self._waiting or self._heads):
-                        return
             finally:
                 self._stop()
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_hf import CapacityError, FlexGenError, Placement, Policy, StepError, Tier, UnsupportedModelError
-from flexgen_hf.bench import emulated
+from flexgen_hf.bench import batches, emulated
 from flexgen_hf.continuous.prefixes import Common, common_beginnings, common_length, in_good_order
 from flexgen_hf.continuous.texts import TextRequest
 
@@ -297,3 +297,12 @@ def test_a_text_knows_what_it_cannot_do(folder: Path, tmp_path: Path) -> None:
     with load(folder, tmp_path) as ours:
         (written,) = ours.generate_each([request])
     assert isinstance(written.error, UnsupportedModelError)
+
+
+def test_the_benchmark_compares_the_same_texts(folder: Path, tmp_path: Path) -> None:
+    with load(folder, tmp_path, Policy(batch_size=2, num_batches=2)) as ours:
+        for is_known in (True, False):
+            lengths = batches.many_lengths(ours, 12, (1, 9), (1, 12), is_known=is_known)
+            assert lengths.different == 0
+            assert lengths.sweeps[1] < lengths.sweeps[0]
+        assert batches.common_beginning(ours, rows=4, prompt=40 - 2).different == 0

@@ -29,7 +29,8 @@ def watch(
     """Runs a job for each file of a folder, also for those that come later.
 
     A file is taken once it has not changed between two looks; write it elsewhere and move it in to be sure. Its
-    output has its name, with `.jsonl` at the end, in the other folder. One that grows is looked at again: its new rows are added.
+    output has its name, with `.jsonl` at the end, in the other folder. One that grows is looked at again: its new rows
+    are added.
 
     Args:
         folder: where inputs are put; hidden files and unknown endings are left alone.

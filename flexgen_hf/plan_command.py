@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from . import plots
 from .bench.shapes import SHAPES, is_shape, shape_fields
 from .bench.sizes import parse_max_memory
 from .errors import PolicyError, StoreError
@@ -71,11 +72,18 @@ def plan_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
     deadline: Annotated[float | None, typer.Option(min=0, help="Seconds that a block may take.")] = None,
     dtype: Annotated[_Dtype | None, typer.Option(help="Element type of compute.", show_default="the model's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the plan as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the plan into this file: .png, .svg or .pdf; needs matplotlib.")
+    ] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="Instead of planning, predict the published policies of FlexGen's paper.")
     ] = False,
 ) -> None:
     """Finds the best policy for a model on a machine, which need not be this one, and says why."""
+    if plot is not None:
+        if paper:
+            raise PolicyError("--plot draws a plan, and --paper makes none; give one of them")
+        plots.check_file(plot)
     if paper:
         typer.echo("\n".join(_paper_table(compare(_paper_shapes(), preset("t4")))))
         return
@@ -102,6 +110,8 @@ def plan_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
         plan = planner.explain(
             Policy.of(policy, **{name: value for name, value in fields.items() if value is not None})
         )
+    if plot is not None:
+        plots.save(plots.draw_plan(plan, planner), plot)
     if as_json:
         typer.echo(json.dumps(plan.to_dict(), indent=2))
     else:

@@ -48,13 +48,20 @@ _SECONDS = 0.3
 _SPILL_BYTES = 64 * _MIB
 
 
-def measure(device: torch.device, folder: Path, said: Callable[[str], None] = lambda _: None) -> Hardware:
+def measure(
+    device: torch.device,
+    folder: Path,
+    said: Callable[[str], None] = lambda _: None,
+    *,
+    seconds: float | None = None,
+) -> Hardware:
     """Measures a device of this machine and the disk under a folder.
 
     Args:
         device: where models compute.
         folder: of the disk tier; a file of 64 MiB without a name lives in it meanwhile.
         said: called with what is measured next.
+        seconds: for each number; None for 0.3. With 0, each thing is run twice: in a few seconds one gets a rough idea.
 
     Raises:
         StoreError: the folder cannot be written to.
@@ -62,7 +69,7 @@ def measure(device: torch.device, folder: Path, said: Callable[[str], None] = la
     """
     space = Workspace(Ledger(), device, folder, rings_of(Policy()))
     try:
-        return _Measuring(space, said).hardware()
+        return _Measuring(space, said, _SECONDS if seconds is None else seconds).hardware()
     finally:
         space.close()
 
@@ -70,8 +77,8 @@ def measure(device: torch.device, folder: Path, said: Callable[[str], None] = la
 class _Measuring:
     """The measurements of one machine."""
 
-    def __init__(self, space: Workspace, said: Callable[[str], None]) -> None:
-        self._space, self._device, self._said = space, space.device, said
+    def __init__(self, space: Workspace, said: Callable[[str], None], seconds: float) -> None:
+        self._space, self._device, self._said, self._seconds = space, space.device, said, seconds
 
     def hardware(self) -> Hardware:
         direct, free = self._space.is_direct, get_max_memory()
@@ -241,7 +248,7 @@ class _Measuring:
 
     def _best(self, work: Callable[[], Any]) -> float:
         """The shortest time of several."""
-        best, until, runs = float("inf"), time.perf_counter() + _SECONDS, 0
+        best, until, runs = float("inf"), time.perf_counter() + self._seconds, 0
         while runs < 2 or time.perf_counter() < until:
             started = time.perf_counter()
             work()

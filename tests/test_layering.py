@@ -26,7 +26,7 @@ ROWS = (
     {"checkpoints", "continuous"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "quality", "bench", "apps", "integrations", "profiling"},
+    {"text", "quality", "bench", "apps", "integrations", "profiling", "plots"},
     {"demo", "plan_command", "profile_command"},
     {"cli", "batch_command"},
 )
@@ -55,6 +55,7 @@ FORBIDDEN = {
     "quantization": {"transformers", "accelerate"},
     "storage": {"transformers", "accelerate", "safetensors", "huggingface_hub"},
     "progress": {"torch", "transformers", "numpy"},
+    "plots": {"torch", "transformers", "numpy"},
     "__init__": {"torch", "transformers", "numpy"},
 }
 

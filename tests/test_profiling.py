@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flexgen_hf import PolicyError, StoreError, profiling
@@ -48,3 +51,18 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         (["--device", "cpu", "--offload-folder", str(tmp_path), "--output", str(tmp_path / "no" / "x")], StoreError),
     ):
         assert isinstance(CliRunner().invoke(app, ["profile", *options]).exception, error)
+
+
+def test_each_number_may_have_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    class Noted(profiling._Measuring):
+        def _best(self, work: Callable[[], Any]) -> float:
+            given.append(self._seconds)
+            work()
+            return 1.0
+
+    monkeypatch.setattr(profiling, "_Measuring", Noted)
+    profiling.measure(torch.device("cpu"), tmp_path, seconds=0.05)
+    profiling.measure(torch.device("cpu"), tmp_path)
+    assert set(given) == {0.05, 0.0}

@@ -60,7 +60,7 @@ def test_dependencies_are_those_that_are_imported():
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
     comes_with_torch = {"triton"}  # where there is CUDA; elsewhere nothing needs it
-    optional = {"pyarrow"}  # of an extra; where it is missing, it is asked for when it is needed
-    ours = {"flexgen_hf", "conversion"}
-    third_party = imported - set(sys.stdlib_module_names) - ours - comes_with_torch - optional
-    assert third_party == declared
+    optional = {"matplotlib": "plots", "pyarrow": "parquet"}  # with the extra that brings it
+    assert all(name in SETUP["options.extras_require"][extra] for name, extra in optional.items())
+    third_party = imported - set(sys.stdlib_module_names) - {"flexgen_hf", "conversion"} - comes_with_torch
+    assert third_party - optional.keys() == declared

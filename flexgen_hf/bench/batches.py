@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging
 
 from .. import FlexGenForCausalLM
 from ..continuous.texts import TextRequest
@@ -191,6 +192,7 @@ def _main(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     output: Annotated[Path | None, typer.Option("--json", help="Append what was measured to this file.")] = None,
 ) -> None:
     """Runs the comparisons and prints them."""
+    logging.set_verbosity_error()  # a token that never comes, and so ends nothing, would be warned of for each row
     if threads is not None:
         torch.set_num_threads(threads)
     folder = random_checkpoint(work_folder, shape, torch.float16)

@@ -33,6 +33,9 @@ __all__ = ["EmulatedDevice", "Link", "configure", "install"]
 # longer than a thread takes to wake up and ask for its next copy, shorter than anything that is worth measuring
 _AT_ONCE_S = 0.002
 
+# what a link may be behind its time: to sleep for less takes many times as long as was asked for
+_BEHIND_S = 0.0005
+
 
 @dataclasses.dataclass
 class Link:
@@ -52,7 +55,8 @@ class Link:
         """Runs `copy`, and takes as long as `nbytes` need; copies in one direction queue.
 
         A real link goes from one queued copy to the next by itself. Here a thread must wake up in between, which takes
-        longer the busier Python is; so a copy that comes at once after another counts from that one's end.
+        longer the busier Python is; so a copy that comes at once after another counts from that one's end. And one that
+        needs no time to speak of returns at once; what it needs is added to the next.
         """
         with self._lock:
             started = time.perf_counter()
@@ -63,7 +67,9 @@ class Link:
                 self._free_at = time.perf_counter()
             else:
                 self._free_at = started + nbytes / self.bytes_per_s
-                time.sleep(max(0.0, self._free_at - time.perf_counter()))
+                behind = self._free_at - time.perf_counter()
+                if behind > _BEHIND_S:
+                    time.sleep(behind)
             self.bytes += nbytes
             self.busy_s += self._free_at - started
         return result

@@ -208,9 +208,10 @@ class Demand:
         computes in float32, r T h (2s + 12).
 
         *logits*: 2s + 8 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
-        in float32, those of the last token too, which its loop names until the next are there), 12 more with beams and 28 more if tokens are drawn, 4 more for each step that is kept; 2s for each
-        further token whose logits are returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their
-        logarithms); and the tile of the head's table that is being cast.
+        in float32, those of the last token too, which its loop names until the next are there), 12 more with beams and
+        28 more if tokens are drawn, 4 more for each step that is kept; 2s for each further token whose logits are
+        returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their logarithms); and the tile of the
+        head's table that is being cast.
 
         Measured on a CPU in 48 runs with all of that held (an OPT and a Llama of hidden size 512; float32, bfloat16 and
         float16; greedy, beams, sampling, eager), both together were 0.9 to 2.4 times what the process really took

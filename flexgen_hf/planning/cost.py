@@ -23,13 +23,15 @@ from .placement import assign
 from .schedule import Lane, Route, Step, Traffic, What
 from .shape import LayerShape, ModelShape
 
-__all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "limits_of", "predict"]
+__all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "crossed", "limits_of", "predict"]
 
 #: seconds of each lane
 Lanes = dict[Lane, float]
 
 # What embeds a micro-batch's tokens goes through their states a few times.
 _EMBEDDING_PASSES = 4
+
+_LOADS = (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +233,8 @@ class PlannedRun:
 
     def cell_s(self, lane: Lane, layer: LayerShape, rows: int, home: Tier, sweep: Sweep) -> float:
         """A cell's transfer in a lane: what attention sees to the device, new tokens back."""
-        is_load = lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)
-        tokens = rows * (layer.attended(sweep.past) if is_load else sweep.tokens)
+        is_load = lane in _LOADS
+        tokens = self.cell_tokens(lane, layer, rows, sweep)
         crosses = not self.direct and home is not Tier.DEVICE
         if lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK) or crosses:
             seconds = self._moved_s(lane, tokens * self.shape.kept_bytes(self.policy.compression))
@@ -243,9 +245,17 @@ class PlannedRun:
             return seconds
         return seconds + self._repacked_s(self.shape.cache_elements(tokens), is_load=is_load)
 
+    def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> int:
+        """Tokens of a cell that pass a lane, of all its rows."""
+        return rows * (layer.attended(sweep.past) if lane in _LOADS else sweep.tokens)
+
     def hidden_s(self, lane: Lane, rows: int, sweep: Sweep) -> float:
         """Hidden states of a micro-batch across one link."""
-        return self._moved_s(lane, rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize)
+        return self._moved_s(lane, self.hidden_bytes(rows, sweep))
+
+    def hidden_bytes(self, rows: int, sweep: Sweep) -> int:
+        """Size of a micro-batch's hidden states."""
+        return rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize
 
     def _moved_s(self, lane: Lane, nbytes: float) -> float:
         return self.hardware.transfer_s + nbytes / self.hardware.link(lane).at(max(1.0, nbytes))
@@ -348,14 +358,14 @@ class PlannedRun:
     def cell_lanes(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> Lanes:
         """Seconds of each lane for one layer of a micro-batch and its cell."""
         lanes = {Lane.COMPUTE: self.layer_s(stage, rows, home, sweep)}
-        for lane in _crossed(self.cell_route(home), is_fresh=not sweep.past):
+        for lane in crossed(self.cell_route(home), is_fresh=not sweep.past):
             lanes[lane] = self.cell_s(lane, self.shape.layers[stage - 1], rows, home, sweep)
         return lanes
 
     def hidden_lanes(self, rows: int, home: Tier, sweep: Sweep) -> Lanes:
         """Seconds of each lane for the hidden states of a micro-batch, between all layers."""
         between = len(self.shape.layers) - 1
-        return {lane: between * self.hidden_s(lane, rows, sweep) for lane in _crossed(self.hidden_route(home))}
+        return {lane: between * self.hidden_s(lane, rows, sweep) for lane in crossed(self.hidden_route(home))}
 
     @functools.cached_property
     def _kinds_of_cells(self) -> dict[tuple[int, int, Tier], int]:
@@ -425,7 +435,7 @@ def predict(run: PlannedRun) -> Prediction:
     )
 
 
-def _crossed(route: Route, *, is_fresh: bool = False) -> list[Lane]:
+def crossed(route: Route, *, is_fresh: bool = False) -> list[Lane]:
+    """The lanes of a route; of an empty cell, nothing is loaded."""
     lanes = (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE, Lane.DEVICE_TO_HOST, Lane.HOST_TO_DISK)
-    loads = lanes[:2]
-    return [lane for lane, crosses in zip(lanes, route, strict=True) if crosses and not (is_fresh and lane in loads)]
+    return [lane for lane, crosses in zip(lanes, route, strict=True) if crosses and not (is_fresh and lane in _LOADS)]

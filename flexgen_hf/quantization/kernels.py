@@ -1,9 +1,9 @@
 """Numba kernels for the CPU that do what `groupwise` specifies, bit for bit.
 
 A kernel goes through a range of rows in the thread that calls it and holds no lock of Python's meanwhile: lanes call it
-beside compute. With `threads=` rows are shared among threads of the call's own; numba's own, of which a process has one
-set that it configures once, stay out of it. Rows are read and written where they lie, in any order: those of a cache's
-cell are records that hold scales, minima and codes of a few rows each.
+beside compute. With `threads=` rows are shared with a few threads of this module's, which stay; numba's own, of which a
+process has one set that it configures once, stay out of it. Rows are read and written where they lie, in any order:
+those of a cache's cell are records that hold scales, minima and codes of a few rows each.
 
 The loops are written for a compiler's vectoriser: a group is unpacked into bytes that stay in the first cache, then one
 loop without branches makes numbers of them. Scales, minima and elements are finite, as quantizing ensures.
@@ -12,8 +12,10 @@ loop without branches makes numbers of them. Scales, minima and elements are fin
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -499,7 +501,20 @@ def share(work: Callable[[int, int], int], count: int, threads: int) -> int:
     cuts = [count * k // threads for k in range(threads + 1)]
     if threads == 1:
         return work(0, count)
-    with concurrent.futures.ThreadPoolExecutor(threads - 1, "flexgen-quantization") as pool:
-        others = [pool.submit(work, first, last) for first, last in itertools.pairwise(cuts[1:])]
-        named = [work(0, cuts[1]), *(other.result() for other in others)]
+    others = [_helpers(threads - 1).submit(work, first, last) for first, last in itertools.pairwise(cuts[1:])]
+    try:
+        named = [work(0, cuts[1])]
+    finally:
+        concurrent.futures.wait(others)  # they write where the caller's tensors are
+    named += [other.result() for other in others]
     return next((row for row in named if row >= 0), -1)
+
+
+@functools.cache
+def _helpers(count: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that wait for work until the process ends: to start one takes as long as a small kernel."""
+    return concurrent.futures.ThreadPoolExecutor(count, "kernel-helper")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a fork has none of its parent's threads

@@ -130,12 +130,15 @@ class Account:
 
         def enter(batches: Sequence[tuple[int, int, int]]) -> None:
             wanted: dict[tuple[Tier, str], int] = dict.fromkeys(held, 0)
+            others: dict[tuple[Tier, str], int] = {}  # what the engine will take itself: room for hidden states
             for call in self._swept(batches):
                 for need in self.demand.needs(self._policy, call):
-                    if need.what in ESTIMATED:
-                        wanted[need.tier, need.what] = wanted.get((need.tier, need.what), 0) + need.nbytes
+                    sums = wanted if need.what in ESTIMATED else others
+                    sums[need.tier, need.what] = sums.get((need.tier, need.what), 0) + need.nbytes
             more = {name: size - held.get(name, 0) for name, size in wanted.items()}
-            self._ledger.check([Need(tier, size, what) for (tier, what), size in more.items() if size > 0])
+            still = {name: size - self._ledger.held_as(*name) for name, size in others.items()}
+            needs = [*more.items(), *still.items()]
+            self._ledger.check([Need(tier, size, what) for (tier, what), size in needs if size > 0])
             for (tier, what), size in more.items():
                 (self._ledger.take if size > 0 else self._ledger.give)(tier, abs(size), what)
             held.update(wanted)

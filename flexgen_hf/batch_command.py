@@ -131,6 +131,7 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         window=window,
         least_shared=least_shared or None,
         name=model,
+        loading={"dtype": dtype, "revision": revision, "compression": compression, "chat_template": template},
     )
     shown = sys.stderr.isatty() if progress is None else progress
     if source.is_dir():

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
+from .cell_layout import CellShape
 from .cells import CacheSpace, Cell, SlotBytes, exchange
-from .errors import FlexGenError
+from .errors import CapacityError, FlexGenError
 from .planning.budget import Need
 from .policy import Tier
 
@@ -270,7 +271,8 @@ class OpenBlock(BlockCache):
             target: what `make` returned.
             parts: where the rows come from; no part has more than `length` tokens.
             length: tokens that `target` holds then.
-            move: what the parts are taken from is given back, layer by layer, before `target` takes its memory.
+            move: what the parts are taken from is given back, layer by layer, before `target` takes its memory; where
+                its tier has no room then, as the parts were on others, it goes to the next below.
 
         Raises:
             CapacityError: a tier is full.
@@ -291,13 +293,27 @@ class OpenBlock(BlockCache):
             if move:
                 for source in sources:
                     source.discard()
-            cell.allocate(sum(len(part.rows) for part in parts), shape.key, shape.value, shape.compute_dtype)
+            _allocate(cell, sum(len(part.rows) for part in parts), shape, may_sink=move)
             cell.put(*(_right_aligned(rows, length) for rows in kept))
 
     def discard(self, child: MicroBatchCache) -> None:
         """Gives back what a micro-batch's cells hold."""
         for cell in child.cells:
             cell.discard()
+
+
+def _allocate(cell: Cell, rows: int, shape: CellShape, *, may_sink: bool) -> None:
+    """Takes the home of a cell like one of `shape`; if it may sink and the tier is full, on a lower one."""
+    tiers = list(Tier)
+    for tier in tiers[tiers.index(cell.home) :]:
+        cell.home = tier
+        try:
+            cell.allocate(rows, shape.key, shape.value, shape.compute_dtype)
+        except CapacityError:
+            if not may_sink or tier is tiers[-1]:
+                raise
+        else:
+            return
 
 
 def _whole(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:

@@ -192,7 +192,8 @@ def _main(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     output: Annotated[Path | None, typer.Option("--json", help="Append what was measured to this file.")] = None,
 ) -> None:
     """Runs the comparisons and prints them."""
-    logging.set_verbosity_error()  # a token that never comes, and so ends nothing, would be warned of for each row
+    # An end token that never comes would be warned of for each row.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if threads is not None:
         torch.set_num_threads(threads)
     folder = random_checkpoint(work_folder, shape, torch.float16)

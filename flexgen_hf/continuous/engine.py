@@ -117,6 +117,7 @@ class ContinuousBatches:
         self._heads: list[Group] = []  # beginnings that the next sweep computes
         self._beginnings: list[Beginning] = []
         self._place_of: dict[int, int] = {}  # of a group's cells, by their id
+        self._largest = 0  # rows x tokens of the largest cells so far: the buffers that cells pass through hold them
         self._ended: list[Written] = []
         self._enter: Callable[[Sequence[tuple[int, int, int]]], None] = lambda _: None
 
@@ -210,7 +211,8 @@ class ContinuousBatches:
             width = self._width([one, other])
             held = sum(group.rows * group.child.cells[0].capacity for group in (one, other))
             tokens = {member.cache.tokens for group in (one, other) for member in group.live}
-            if rows * capacity_for([*one.live, *other.live], width) <= held and (self._may_pad or len(tokens) == 1):
+            made = rows * capacity_for([*one.live, *other.live], width)
+            if made <= min(held, self._largest) and (self._may_pad or len(tokens) == 1):
                 return [one, other]
         return None
 
@@ -322,6 +324,7 @@ class ContinuousBatches:
         except BaseException:
             self._drop(child)
             raise
+        self._largest = max(self._largest, rows * child.cells[0].capacity)
         return group
 
     def _new_cells(self, rows: int, capacity: int, *, filled: bool) -> MicroBatchCache:

@@ -38,6 +38,7 @@ class Job:
         window: rows that are read ahead and put in the order of their lengths.
         least_shared: tokens that a common beginning has at least for it to be computed once; None shares none.
         name: of the model, in answers and in what is compared when a job is continued.
+        loading: what else of the model changes texts, as JSON takes it: dtype, revision, compression.
     """
 
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,6 +49,7 @@ class Job:
     window: int | None = None
     least_shared: int | None = LEAST_SHARED
     name: str = ""
+    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.order not in _ORDERS:
@@ -60,6 +62,7 @@ class Job:
             "options": {name: _plain(value) for name, value in sorted(self.options.items())},
             **dataclasses.asdict(self.prompting),
             "column": self.column,
+            "loading": dict(self.loading),
         }
 
 

@@ -23,7 +23,10 @@ app = typer.Typer(
 )
 
 _SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Hub id, Hugging Face folder, original NAME-np folder, metaseq folder.")
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="Hub id, Hugging Face folder, GGUF file, original NAME-np folder, metaseq folder."
+    ),
 ]
 _StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
 _Dtype = Annotated[
@@ -36,6 +39,7 @@ _Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model cod
 _Config = Annotated[
     Path | None, typer.Option(help="Folder with config.json, for numpy and metaseq folders.", metavar="FOLDER")
 ]
+_Gguf = Annotated[str | None, typer.Option(help="Name of the GGUF file to take from SOURCE.", metavar="NAME")]
 
 
 @app.command("convert")
@@ -65,6 +69,7 @@ def convert_command(  # noqa: PLR0913, PLR0917 (a command's options are its para
     local_files_only: _Local = False,
     trust_remote_code: _Trust = False,
     config: _Config = None,
+    gguf_file: _Gguf = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a store of another checkpoint in OUT.")] = False,
 ) -> None:
     """Converts a checkpoint into a store; run again after an interruption, it goes on."""
@@ -81,6 +86,7 @@ def convert_command(  # noqa: PLR0913, PLR0917 (a command's options are its para
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             config=config,
+            gguf_file=gguf_file,
             weights_placement=placement,
             compression=compression,
             method=method,
@@ -93,7 +99,7 @@ def convert_command(  # noqa: PLR0913, PLR0917 (a command's options are its para
 
 
 @app.command("verify")
-def verify_command(
+def verify_command(  # noqa: PLR0913, PLR0917 (a command's options are its parameters)
     store: _StoreArgument,
     source: _SourceArgument,
     revision: _Revision = None,
@@ -101,6 +107,7 @@ def verify_command(
     local_files_only: _Local = False,
     trust_remote_code: _Trust = False,
     config: _Config = None,
+    gguf_file: _Gguf = None,
 ) -> None:
     """Compares a store with its source, hash by hash and element by element; names the first difference."""
     from .sources import SourceOptions
@@ -112,6 +119,7 @@ def verify_command(
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
         config=config,
+        gguf_file=gguf_file,
     )
     with _Bar("verifying") as bar:
         report = verify(store, source, options=options, progress=bar.update)

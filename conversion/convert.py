@@ -29,6 +29,7 @@ def convert(  # noqa: PLR0913 (the names that from_pretrained has, and those of 
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     config: str | Path | None = None,
+    gguf_file: str | None = None,
     weights_placement: Placement | None = None,
     compression: Compression | Mapping[str, Any] | str | None = None,
     method: Method = "search",
@@ -38,15 +39,16 @@ def convert(  # noqa: PLR0913 (the names that from_pretrained has, and those of 
     """Writes the store of a checkpoint, tensor by tensor; goes on where an interrupted run stopped.
 
     Args:
-        source: Hub id; folder with a Hugging Face checkpoint; `NAME-np` folder of the original FlexGen; folder of
-            metaseq's model-parallel shards.
+        source: Hub id; folder with a Hugging Face checkpoint; GGUF file; `NAME-np` folder of the original FlexGen;
+            folder of metaseq's model-parallel shards.
         out: the store's folder.
-        dtype: `"float16"`, `"bfloat16"`, `"float32"`, or `None` for the checkpoint's.
+        dtype: `"float16"`, `"bfloat16"`, `"float32"`, or `None` for the checkpoint's (of a quantized GGUF, float16).
         revision: branch, tag or commit on the Hub.
         token: Hub token.
         local_files_only: take Hub repositories from the cache only.
         trust_remote_code: run model code that the checkpoint brings along.
         config: folder with `config.json`, for numpy and metaseq folders whose shapes do not tell everything.
+        gguf_file: name of the GGUF file to take from `source`.
         weights_placement: shares by which shards are given to tiers; `None` gives all to the disk.
         compression: which weights are quantized, tensor by tensor as they are written; a store has no cache, so what it
             says of that has no meaning here.
@@ -75,6 +77,7 @@ def convert(  # noqa: PLR0913 (the names that from_pretrained has, and those of 
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
         config=Path(config) if config is not None else None,
+        gguf_file=gguf_file,
     )
     asked = Compression.of(compression)
     opened = open_source(source, options)

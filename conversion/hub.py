@@ -18,7 +18,11 @@ _PICKLES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin"]
 
 
 def download(
-    name: str, revision: str | None, token: str | bool | None, local_files_only: bool
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    local_files_only: bool,
+    gguf_file: str | None = None,
 ) -> tuple[Path, str | None]:
     """Brings a repository's checkpoint into the Hub cache; one that is there is not downloaded again.
 
@@ -27,6 +31,7 @@ def download(
         revision: branch, tag or commit; `None` is the main branch.
         token: Hub token, or whether to use the stored one.
         local_files_only: take it from the cache, do not ask the Hub.
+        gguf_file: take the weights from this file, and no others.
 
     Returns:
         The folder, and the commit that it is.
@@ -44,7 +49,7 @@ def download(
             revision=revision,
             token=token,
             local_files_only=files is None,
-            allow_patterns=[*_SMALL, *weight_patterns(files)],
+            allow_patterns=[*_SMALL, *(weight_patterns(files) if gguf_file is None else [gguf_file])],
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from flexgen_hf.checkpoints import CheckpointTensor, load_pickle
+from flexgen_hf.checkpoint_files import CheckpointTensor, load_pickle
 from flexgen_hf.errors import ConversionError, StoreError
 
 from .opt_shapes import config_of, transformers_name

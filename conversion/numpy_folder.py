@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_hf.checkpoints import CheckpointTensor
+from flexgen_hf.checkpoint_files import CheckpointTensor
 from flexgen_hf.errors import StoreError
 from flexgen_hf.weights.format import TensorExtent
 

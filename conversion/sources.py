@@ -1,4 +1,4 @@
-"""Opens what can be converted: a Hub repository, a Hugging Face folder, a numpy folder, metaseq's shards.
+"""Opens what can be converted: a Hub repository, a Hugging Face folder, a GGUF file, a numpy folder, metaseq's shards.
 
 Every format ends as the same thing: a model on `meta`, and for each of its tensors where the elements come from.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,18 +16,12 @@ from typing import Any
 import torch
 
 from flexgen_hf.architectures import describe
-from flexgen_hf.checkpoints import (
-    CheckpointTensor,
-    index_files,
-    match,
-    plan_shards,
-    planned_quantizing,
-    refuse_quantized,
-    source_fingerprint,
-    target_dtype,
-)
+from flexgen_hf.checkpoint_files import CheckpointTensor, first_line, index_files, source_fingerprint
+from flexgen_hf.checkpoints import match, plan_shards, planned_quantizing, target_dtype
 from flexgen_hf.errors import ConversionError, StoreError, UnsupportedModelError
+from flexgen_hf.gguf_files import float_type, index_gguf, refuse_missing_reader
 from flexgen_hf.policy import Compression
+from flexgen_hf.prequantized import METHOD, dequantizer, method_of, stored_settings
 from flexgen_hf.weights.format import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME
 from flexgen_hf.weights.quantized import Method, Quantizing
 from flexgen_hf.weights.writer import JOURNAL_NAME, Origin, ShardPlan
@@ -34,6 +30,8 @@ from . import metaseq, numpy_folder
 from .hub import download
 
 __all__ = ["Source", "SourceOptions", "open_source", "parse_dtype"]
+
+_logger = logging.getLogger(__name__)
 
 # Weights of one checkpoint, in the order in which transformers prefers them: one file, or an index of several.
 _WEIGHTS = (("model.safetensors", INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -61,6 +59,7 @@ class SourceOptions:
         local_files_only: do not ask the Hub.
         trust_remote_code: run model code that the checkpoint brings along.
         config: folder with `config.json`, for formats that have none.
+        gguf_file: name of the GGUF file to take from the repository or folder.
     """
 
     dtype: torch.dtype | None = None
@@ -69,6 +68,7 @@ class SourceOptions:
     local_files_only: bool = False
     trust_remote_code: bool = False
     config: Path | None = None
+    gguf_file: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def open_source(source: str | Path, options: SourceOptions) -> Source:
     """Opens a checkpoint; reads its headers, no weights.
 
     Args:
-        source: Hub id or folder.
+        source: Hub id, folder or GGUF file.
         options: how to read it.
 
     Raises:
@@ -135,11 +135,15 @@ def open_source(source: str | Path, options: SourceOptions) -> Source:
     """
     folder = Path(source).expanduser()
     name, revision = str(folder.resolve()), None
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _gguf(name, None, folder, options)
     if not folder.is_dir():
         if folder.exists() or not _may_be_hub_id(str(source)):
             raise StoreError(f"{source} is not a folder; give a folder with a checkpoint, or a Hub id such as org/name")
         name = str(source)
-        folder, revision = download(name, options.revision, options.token, options.local_files_only)
+        folder, revision = download(name, options.revision, options.token, options.local_files_only, options.gguf_file)
+    if options.gguf_file is not None:
+        return _gguf(name, revision, folder / options.gguf_file, options)
     if metaseq.is_metaseq(folder):
         return _foreign(name, folder, metaseq.read(folder, _given_config(options)), options)
     if numpy_folder.is_numpy_folder(folder):
@@ -153,7 +157,7 @@ def _may_be_hub_id(text: str) -> bool:
 
 def _hugging_face(name: str, revision: str | None, folder: Path, options: SourceOptions) -> Source:
     config = _load_config(folder, options.trust_remote_code)
-    refuse_quantized(config)
+    quantizer = dequantizer(stored_settings(config))
     files = weight_files(folder)
     found = index_files(files)
     if any(tensor.quantized is not None for tensor in found.values()):
@@ -163,7 +167,47 @@ def _hugging_face(name: str, revision: str | None, folder: Path, options: Source
     text = _read_json(folder / "config.json")
     companions = {**_companions(folder), "config.json": _store_config(text, dtype)}
     origin = Origin(name, revision, _dtype_text(dtype), source_fingerprint([*files, folder / "config.json"]))
-    return Source(origin, model, match(model, found, dtype), dtype, companions)
+    return Source(origin, model, match(model, found, dtype, quantizer), dtype, companions)
+
+
+def _gguf(name: str, revision: str | None, file: Path, options: SourceOptions) -> Source:
+    refuse_missing_reader()
+    own = float_type(file)
+    config = _gguf_config(file)
+    dtype = options.dtype or own or torch.float16
+    model = meta_model(config, dtype, trust_remote_code=False)
+    describe(model)  # refuses what cannot be run before a tokenizer is made
+    config.architectures = [type(model).__name__]
+    companions = _companions(file.parent)
+    if not any(known.startswith("tokenizer") for known in companions):
+        companions |= _gguf_tokenizer(file)
+    companions["config.json"] = _store_config(config.to_dict(), dtype)
+    origin = Origin(name, revision, _dtype_text(dtype), source_fingerprint([file]))
+    return Source(origin, model, match(model, index_gguf(model, file), dtype), dtype, companions)
+
+
+def _gguf_config(file: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot read the configuration in {file} ({first_line(error)}); take the model's "
+            "safetensors checkpoint"
+        ) from error
+
+
+def _gguf_tokenizer(file: Path) -> dict[str, bytes | Path]:
+    """The files of the tokenizer in a GGUF file, or none with a warning: the weights do not need it."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        except Exception as error:  # noqa: BLE001 (a converter of tokenizers meets whatever the file holds)
+            _logger.warning("the store gets no tokenizer: that of %s cannot be read (%s)", file, first_line(error))
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _foreign(
@@ -189,6 +233,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             return _indexed_files(folder, index)
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        raise StoreError(f"{folder} holds GGUF files; name the one to convert with --gguf-file {files[0]}")
     raise StoreError(
         f"{folder} holds no weights that can be converted (looked for {', '.join(sum(_WEIGHTS, ()))}); "
         "give a folder or Hub id of a PyTorch or safetensors checkpoint"
@@ -224,7 +270,7 @@ def meta_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise UnsupportedModelError(
-            f"transformers has no causal language model of type {config.model_type!r} ({_first_line(error)})"
+            f"transformers has no causal language model of type {config.model_type!r} ({first_line(error)})"
         ) from error
 
 
@@ -238,10 +284,10 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"transformers cannot read the configuration of model type {model_type!r} ({_first_line(error)}); "
+            f"transformers cannot read the configuration of model type {model_type!r} ({first_line(error)}); "
             "upgrade transformers, or pass trust_remote_code=True if the checkpoint brings code that you trust"
         ) from error
-    if getattr(config, "quantization_config", None) and config.quantization_config.get("quant_method") == "flexgen":
+    if method_of(getattr(config, "quantization_config", None)) == METHOD:
         del config.quantization_config
     return config
 
@@ -251,11 +297,17 @@ def _given_config(options: SourceOptions) -> Any:
 
 
 def _own_dtype(config: Any, found: Mapping[str, CheckpointTensor]) -> torch.dtype:
-    """The checkpoint's type: what its configuration says, else that of its first floating-point tensor."""
-    if (dtype := parse_dtype(getattr(config, "dtype", None))) is not None:
-        return dtype
-    floating = (tensor.dtype for tensor in found.values() if tensor.dtype.is_floating_point)
-    return parse_dtype(next(floating, torch.float32)) or torch.float32
+    """The checkpoint's type: what its configuration says, else that of its first floating-point tensor.
+
+    Of one in 8-bit floats, bfloat16, which holds each of them exactly.
+    """
+    dtype = getattr(config, "dtype", None)
+    if dtype is None:
+        floating = (tensor.dtype for tensor in found.values() if tensor.dtype.is_floating_point)
+        dtype = next(floating, torch.float32)
+    if isinstance(dtype, torch.dtype) and dtype.itemsize == 1:
+        return torch.bfloat16
+    return parse_dtype(dtype) or torch.float32
 
 
 def _store_config(fields: Mapping[str, Any], dtype: torch.dtype) -> bytes:
@@ -275,7 +327,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path}: {_first_line(error)}; download it again") from error
+        raise StoreError(f"cannot read {path}: {first_line(error)}; download it again") from error
     if not isinstance(value, dict):
         raise StoreError(f"{path} is a JSON {type(value).__name__}, not an object; download it again")
     return value
@@ -283,7 +335,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,7 @@
 ```python
 from flexgen_hf import FlexGenForCausalLM
 
-model = FlexGenForCausalLM.from_pretrained("facebook/opt-30b", policy="20 80 0 100 0 100", offload_folder="/nvme")
+model = FlexGenForCausalLM.from_pretrained("facebook/opt-30b", policy="auto", offload_folder="/nvme")
 ```
 
 Importing this package imports neither torch nor transformers: policies and plans are made without them. It does one

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .cell_layout import CellShape
 from .kv_cache import BlockCache, Span
@@ -32,7 +32,7 @@ from .planning.budget import (
 from .policy import Compression, Policy, Tier
 from .storage.ledger import Ledger
 
-__all__ = ["Account", "cache_geometry", "shape_of"]
+__all__ = ["Account", "cache_geometry", "shape_of", "windows_of"]
 
 
 class Account:
@@ -75,7 +75,13 @@ class Account:
             self._entries = before
 
     def enter_generation(
-        self, settings: GenerationConfig, model_kwargs: Mapping[str, Any], prompts: int, length: int
+        self,
+        settings: GenerationConfig,
+        model_kwargs: Mapping[str, Any],
+        prompts: int,
+        length: int,
+        *,
+        keeps_past: bool = False,
     ) -> None:
         """Enters what a block of a call will take, and refuses what does not fit, before anything is computed.
 
@@ -84,12 +90,26 @@ class Account:
             model_kwargs: the arguments that transformers will pass to forward.
             prompts: rows, before they are copied for beams and returned sequences.
             length: tokens that a row can get.
+            keeps_past: cells of sliding layers keep what is out of their window.
 
         Raises:
             CapacityError: with the numbers, and with policies near to this one under which the call fits.
         """
-        if self._entries is not None:
-            self._enter(self._generated(settings, model_kwargs, prompts, length, self._entries))
+        entries = self._entries
+        if entries is not None:
+            call = self.generated(settings, model_kwargs, prompts, length, entries.tokens)
+            self._enter(dataclasses.replace(call, may_be_cut=entries.may_be_cut, keeps_past=keeps_past))
+
+    def adopt(self, policy: Policy, demand: Demand) -> None:
+        """Goes on with another policy, before anything of a call is entered."""
+        self._policy, self.demand = policy, demand
+
+    def held_by_others(self) -> dict[Tier, int]:
+        """Bytes taken now that are neither the weights' nor what every call needs: of caches that a caller keeps."""
+        mine = totals(self.demand.weights(self._policy.weights))
+        pinned = self._ledger.held_as(Tier.HOST, "pinned buffers")
+        held = {tier: max(0, self._ledger.held(tier) - mine[tier]) for tier in Tier}
+        return {**held, Tier.HOST: max(0, held[Tier.HOST] - pinned)}
 
     @contextlib.contextmanager
     def forward(self, given: Mapping[str, Any], spans: Sequence[Span], tokens: int) -> Iterator[bool]:
@@ -240,21 +260,30 @@ class Account:
             keeps_hidden=wants(given, self._config, "output_hidden_states"),
             keeps_attention=wants(given, self._config, "output_attentions"),
             has_loss=given.get("labels") is not None,
+            keeps_past=True,
             micro_batches=() if cache is None else tuple(end - start for start, end in spans),
         )
 
-    def _generated(
+    def generated(
         self,
         settings: GenerationConfig,
         model_kwargs: Mapping[str, Any],
         prompts: int,
         length: int,
-        entries: _Entries,
+        prompt_tokens: int | None,
     ) -> Call:
-        """A block of a call of `generate` in numbers."""
+        """A call of `generate` in numbers, with all its rows in flight.
+
+        Args:
+            settings: of the call.
+            model_kwargs: its other arguments.
+            prompts: rows, before they are copied for beams and returned sequences.
+            length: tokens that a row can get.
+            prompt_tokens: of each prompt, those that a given cache holds included; None if the call does not say it.
+        """
         given = model_kwargs.get("past_key_values")
         past = given.get_seq_length() if isinstance(given, Cache) else 0
-        whole = length if entries.tokens is None else entries.tokens
+        whole = length if prompt_tokens is None else prompt_tokens
         tokens = length if settings.use_cache is False else max(1, whole - past)
         beams = settings.num_beams or 1
         copies = max(beams, settings.num_return_sequences or 1)
@@ -267,7 +296,6 @@ class Account:
             past=past,
             beams=beams,
             copies=copies,
-            may_be_cut=entries.may_be_cut,
             makes_cache=given is None and settings.use_cache is not False,
             logit_tokens=tokens if self._all_logits else 1,
             kept_logits=keeps * max(1, length + 1 - whole),
@@ -340,18 +368,32 @@ def _smaller(call: Call, fit: Callable[[Call], bool], may_keep_fewer_logits: boo
     return ways
 
 
-def cache_geometry(config: Any) -> tuple[int, int] | None:
-    """(heads, head_dim) of keys and values, or None if the config does not say it plainly."""
+def cache_geometry(config: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(heads, width) of keys and of values as they are cached, or None if the config does not say it plainly."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    if latent := getattr(text, "kv_lora_rank", None):  # what keys and values are made of, and what of keys is rotated
+        rotated = getattr(text, "qk_rope_head_dim", None)
+        return ((1, latent), (1, rotated)) if isinstance(latent, int) and isinstance(rotated, int) else None
+    heads = _said(text, "num_key_value_heads") or _said(text, "num_attention_heads")
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         heads = 1
-    width = getattr(text, "head_dim", None)
-    if width is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
-        width = text.hidden_size // text.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(width, int) or getattr(text, "kv_lora_rank", None):
+    width, size = _said(text, "head_dim"), _said(text, "hidden_size")
+    if width is None and size and (queries := _said(text, "num_attention_heads")):
+        width = size // queries
+    return None if not isinstance(heads, int) or not isinstance(width, int) else ((heads, width), (heads, width))
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """For each layer the length of its sliding window, or None, as transformers' own cache would have it."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+
+
+def _said(text: Any, name: str) -> Any:
+    """What a configuration says for all layers; None if it says nothing, or something else for each layer."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:
         return None
-    return heads, width
 
 
 def shape_of(
@@ -368,19 +410,29 @@ def shape_of(
     """
     text = config.get_text_config(decoder=True)
     geometry = cache_geometry(config)
-    heads = int(getattr(text, "num_attention_heads", None) or 1)
-    cell = None if geometry is None else CellShape(1, geometry, geometry, dtype, compression)
-    expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
+    heads = int(_said(text, "num_attention_heads") or 1)
+    cell = None if geometry is None else CellShape(1, *geometry, dtype, compression)
+    key, value = (None, None) if geometry is None else (states[0] * states[1] for states in geometry)
+    kept = None if cell is None or cell.dtype == dtype else (cell.token_bytes(0), cell.token_bytes(1))
+    windows = tuple(windows_of(config))
+    width = _said(text, "head_dim") or int(text.hidden_size) // heads
+    if getattr(text, "kv_lora_rank", None):
+        width = (_said(text, "qk_nope_head_dim") or 0) + (_said(text, "qk_rope_head_dim") or 0)
+    expert = _said(text, "moe_intermediate_size") or _said(text, "intermediate_size") or 0
+    expert = max(expert) if isinstance(expert, (list, tuple)) else expert
     return ModelSizes(
         num_layers=int(text.num_hidden_layers),
         hidden_size=int(text.hidden_size),
         # an expert multiplies by three matrices, as gated MLPs do
         inner_size=inner_size + 3 * expert * (getattr(text, "num_experts_per_tok", None) or 0),
-        query_size=heads * geometry[1] if geometry is not None else int(text.hidden_size),
-        key_size=geometry[0] * geometry[1] if geometry is not None else None,
+        query_size=heads * width if geometry is not None else int(text.hidden_size),
+        key_size=key,
         num_heads=heads,
         vocab_size=int(text.vocab_size),
         itemsize=dtype.itemsize,
-        kept_key_bytes=None if cell is None or cell.dtype == dtype else cell.token_bytes(0),
+        kept_key_bytes=kept[0] if kept else None,
+        kept_value_bytes=kept[1] if kept and key != value else None,
+        value_size=None if key == value else value,
+        windows=windows if any(windows) else (),
         casts_head=casts_head,
     )

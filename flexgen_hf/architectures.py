@@ -1,7 +1,7 @@
 """Finds the stages of a Hugging Face causal language model; refuses by name what this engine cannot run.
 
-The only file that may name a model family. It looks at module structure and configuration, never at weights, and
-runs on a model that lives on the `meta` device.
+It looks at module structure and configuration, never at weights, and runs on a model that lives on the `meta` device.
+Of the families' names, it knows what `families` says.
 """
 
 from __future__ import annotations
@@ -17,14 +17,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedModelError
+from .families import is_tested
+from .state_trial import kept_between_tokens
 
-__all__ = ["TESTED", "Structure", "describe", "is_tested"]
-
-#: model types compared with transformers in this project's own tests
-TESTED = frozenset(
-    "bloom codegen falcon gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss gptj llama mistral mixtral opt phi3 qwen2 "
-    "qwen3 qwen3_moe".split()
-)
+__all__ = ["Structure", "describe"]
 
 # Layer kinds of `config.layer_types` whose state is plain keys and values.
 _CACHE_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -164,14 +160,14 @@ def describe(model: nn.Module) -> Structure:
     return structure
 
 
-def is_tested(model_type: str) -> bool:
-    """Whether this project's tests compare the family with transformers."""
-    return model_type in TESTED
-
-
 def _find_layers(model: nn.Module) -> str:
     config: Any = model.config
-    count = config.get_text_config(decoder=True).num_hidden_layers
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not say in its configuration how many decoder layers it has; models of this "
+            "build cannot be streamed"
+        )
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     no_split = set(getattr(model, "_no_split_modules", None) or ())
     found = [n for n, m in lists if type(m[0]).__name__ in no_split]
@@ -202,6 +198,12 @@ def _check_state(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name} has layers of kind {', '.join(sorted(kinds or {kind.__name__ for kind in made}))}, whose state is "
             "not keys and values of their own; this version runs full and sliding attention"
+        )
+    # Tested families are known not to.
+    if not is_tested(whole.model_type) and (kept := kept_between_tokens(model)) is not None:
+        raise UnsupportedModelError(
+            f"{name} keeps state outside of its cache: {kept!r} changes with every token, and would be shared by the "
+            "micro-batches that take turns; it cannot be streamed"
         )
 
 

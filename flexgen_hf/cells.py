@@ -14,13 +14,16 @@ attention takes it as it is kept, it stays so (see `cell_attention`). Elsewhere 
 slot, also where no link is to be crossed, and what a step adds is cast or packed on the way back. The step itself sees
 it in full precision, later ones see what was kept. What is kept is never cast or packed again: not when the cell moves,
 nor when it grows or its rows change places.
+
+A cell of a sliding-window layer keeps the window, and has room for a few tokens more. When these are used up, what is
+still in the window is moved to the front: in memory where it lies, and if it lives on disk in its slot, which holds the
+window at that time, and is then written as a whole.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,34 +31,21 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .cell_attention import KeptStates
-from .cell_layout import CellShape, kept_dtype
+from .cell_layout import CellShape
+from .cell_space import CacheSpace, SlotBytes
 from .errors import UnsupportedModelError
-from .planning.budget import EXCHANGE_BYTES, Need
+from .planning.budget import EXCHANGE_BYTES, room_for
 from .planning.schedule import Route
-from .policy import Compression, Tier
+from .policy import Tier
 from .storage.buffers import PAGE, Buffer, round_up, tensor_view
-from .storage.files import SpillFile
-from .storage.workspace import Workspace
 
-__all__ = ["CacheSpace", "Cell", "CellGrowth", "SlotBytes", "exchange"]
+__all__ = ["Cell", "CellGrowth", "exchange"]
 
 # First and last token of an update, the last excluded.
 _Tokens = tuple[int, int]
 
 # What is done to cells outside of sweeps goes through memory in blocks of tokens of about this size.
 _BLOCK_BYTES = EXCHANGE_BYTES
-
-
-class SlotBytes(NamedTuple):
-    """Bytes of the reused buffers that a cell passes through.
-
-    Args:
-        staging: on the host, as the cell is kept.
-        working: where compute is, in its dtype; 0 if compute uses the staging buffer itself.
-    """
-
-    staging: int = 0
-    working: int = 0
 
 
 class CellGrowth(NamedTuple):
@@ -72,129 +62,6 @@ class CellGrowth(NamedTuple):
     bounce: int = 0
 
 
-class CacheSpace:
-    """What the cells of one block share: the spill file, and the reused buffers that those pass through which move.
-
-    Args:
-        space: where the model computes and keeps its bytes.
-        host_attention: cells that live on the host are attended to there.
-        compression: in how many bits cells are kept.
-        dtype: of compute.
-        attends_kept: on a CPU, attention takes cells in groups as they are kept.
-    """
-
-    def __init__(
-        self,
-        space: Workspace,
-        host_attention: bool = False,
-        compression: Compression | None = None,
-        dtype: torch.dtype = torch.float32,
-        attends_kept: bool = False,
-    ) -> None:
-        self._space = space
-        self.direct = space.is_direct
-        self.host_attention = host_attention and not space.is_direct
-        self._compression = compression or Compression()
-        kept = kept_dtype(dtype, self._compression)
-        #: cells are not kept as compute uses them
-        self.casts = kept != dtype
-        self.attends_kept = attends_kept and space.is_direct and kept is torch.uint8
-        slots = range(space.rings.cache)
-        self._staging = [space.staging("cache slots") for _ in slots]
-        self._device_slots = [Buffer(space.ledger, Tier.DEVICE, space.device, "cache slots") for _ in slots]
-        self._scratch = {
-            tier: Buffer(space.ledger, tier, space.device, "cache scratch") for tier in (Tier.DEVICE, Tier.HOST)
-        }
-        self._bounce = Buffer(space.ledger, Tier.HOST, space.device, "cache scratch")
-        self._spill: SpillFile | None = None
-        self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
-
-    @property
-    def num_slots(self) -> int:
-        """How many slots there are."""
-        return len(self._staging)
-
-    @property
-    def spill(self) -> SpillFile:
-        """The file of cells on disk, made when the first one needs it."""
-        if self._spill is None:
-            self._spill = SpillFile(self._space.folder, self._space.ledger, "the KV cache")
-        return self._spill
-
-    @property
-    def notes(self) -> list[str]:
-        """What is done differently from what one would expect."""
-        return [] if self._spill is None else self._spill.notes
-
-    def shape(self, batch: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> CellShape:
-        """Shape of a cell whose keys and values are computed with in `dtype`."""
-        return CellShape(batch, key, value, dtype, self._compression)
-
-    def buffer(self, tier: Tier) -> Buffer:
-        """A new home for a cell."""
-        made = Buffer(self._space.ledger, tier, self._space.device, "KV cache")
-        self._buffers.add(made)
-        return made
-
-    def staging(self, slot: int) -> torch.Tensor:
-        """The host memory that a cell on disk passes through."""
-        return self._staging[slot].bytes
-
-    def working(self, slot: int) -> torch.Tensor:
-        """The memory that compute sees."""
-        return (self._staging if self.direct and not self.casts else self._device_slots)[slot].bytes
-
-    def scratch(self, tier: Tier, nbytes: int) -> torch.Tensor:
-        """Memory of a tier for what is done outside of lanes; what was in it may be lost."""
-        return self._scratch[tier].ensure(nbytes)
-
-    def bounce(self, nbytes: int) -> torch.Tensor:
-        """Host memory that cells on disk pass through outside of lanes; what was in it is lost if it grows."""
-        return self._bounce.ensure(nbytes)
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """As `Workspace.copy`."""
-        self._space.copy(target, source)
-
-    def finish_copies(self) -> None:
-        """Waits until what this thread has copied is there."""
-        self._space.finish_copies()
-
-    def ensure_slot(self, slot: int, needs: SlotBytes) -> None:
-        """Grows a slot; what was in it is lost if it grows, and no lane may be using it."""
-        if needs.staging:
-            self._staging[slot].ensure(needs.staging)
-        if needs.working:
-            self._device_slots[slot].ensure(needs.working)
-
-    def ensure(self, needs: SlotBytes) -> None:
-        """Grows all buffers that cells pass through; no lane may be using them."""
-        for slot in range(self.num_slots):
-            self.ensure_slot(slot, needs)
-
-    def growth(self, needs: SlotBytes, bounce: int) -> Iterator[Need]:
-        """What the buffers would take more if each had these bytes."""
-        yield Need(Tier.HOST, max(0, bounce - self._bounce.nbytes), "cache scratch")
-        wanted = [(buffer, needs.staging) for buffer in self._staging]
-        wanted += [(buffer, needs.working) for buffer in self._device_slots]
-        for buffer, nbytes in wanted:
-            yield Need(buffer.tier, max(0, nbytes - buffer.nbytes), "cache slots")
-
-    def holds(self, needs: SlotBytes) -> bool:
-        """Whether every buffer has the bytes that are needed."""
-        return all(buffer.nbytes >= needs.staging for buffer in self._staging) and all(
-            buffer.nbytes >= needs.working for buffer in self._device_slots
-        )
-
-    def close(self) -> None:
-        """Gives everything back, the file too."""
-        reused = (*self._staging, *self._device_slots, *self._scratch.values(), self._bounce)
-        for buffer in (*reused, *self._buffers):
-            buffer.free()
-        if self._spill is not None:
-            self._spill.close()
-
-
 class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Keys and values of one layer for one micro-batch.
 
@@ -202,24 +69,32 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         space: what the block's cells share.
         home: the tier it lives on.
         capacity: tokens it is allocated for; it grows if more come.
-        window: of a sliding-window layer; all tokens are kept, but only what is in the window is loaded and seen.
+        window: of a sliding-window layer; only what is in the window is loaded and seen.
+        keeps_past: what is out of the window is kept nevertheless, so that any number of tokens can be cropped.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, space: CacheSpace, home: Tier, capacity: int, window: int | None = None) -> None:
+    def __init__(
+        self, space: CacheSpace, home: Tier, capacity: int, window: int | None = None, *, keeps_past: bool = True
+    ) -> None:
         # Not CacheLayerMixin.__init__: it would set keys and values, which are read-only here.
         self.home, self.length, self.window = home, 0, window
         self.is_sliding = window is not None
         self.is_initialized = False
-        self._space, self._capacity = space, capacity
+        self.keeps_past = keeps_past or window is None
+        #: tokens that are forgotten; the next one lies at the front
+        self.dropped = 0
+        self._space, self._capacity = space, self._room(capacity)
         self._shape: CellShape | None = None
         self._memory: Buffer | None = None
         self._offset = 0
         self._slot = -1
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # the prompt's, on their way home
+        # places of the last update's tokens, and of what it changed at home; the first that is kept has place 0
         self._added: _Tokens = (0, 0)
+        self._changed: _Tokens = (0, 0)
 
     # ---------------------------------------------------------------------------------------- what transformers calls
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -237,20 +112,24 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         if not self._fits(key_states, value_states):
             self.discard()
             self.lazy_initialization(key_states, value_states)
-        first, old, new = self._first, self.length, self.length + key_states.shape[2]
-        self._grow(new)
-        if old == 0 and (self._stays or self._space.casts):  # attended as they are; `pull` brings them home meanwhile
+        first, is_prompt, count = self._first, self.length == 0, key_states.shape[2]
+        is_moved = self._make_room(count)
+        kept = min(count, self.length + count - self.dropped)  # of a long prompt, only what later tokens see
+        own = key_states[:, :, count - kept :], value_states[:, :, count - kept :]
+        self.length += count
+        new = self.held
+        first, old = first - self.dropped, new - kept
+        self._added, self._changed = (old, new), (0 if is_moved else old, new)
+        if is_prompt and (self._stays or self._space.casts):  # attended as they are; `pull` brings them home meanwhile
             self._claim_slot()
-            self.length, self._added, self._new = new, (old, new), (key_states, value_states)
+            self._new = own
             return key_states, value_states
         if self._stays and self._space.casts:
-            self.length, self._added = new, (old, new)
-            return self._as_kept((key_states, value_states), first, old)
+            return self._as_kept(own, first, old)
         keys, values = self._working()
-        keys[old:new].copy_(key_states.permute(2, 0, 1, 3))
-        values[old:new].copy_(value_states.permute(2, 0, 1, 3))
-        self.length, self._added = new, (old, new)
-        if old == 0:
+        keys[old:new].copy_(own[0].permute(2, 0, 1, 3))
+        values[old:new].copy_(own[1].permute(2, 0, 1, 3))
+        if is_prompt:
             return key_states, value_states
         return keys[first:new].permute(1, 2, 0, 3), values[first:new].permute(1, 2, 0, 3)
 
@@ -259,7 +138,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         return self.length - self._first + query_length, self._first
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Tokens seen, also those that are forgotten."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -267,14 +146,32 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens (transformers passes a negative number)."""
+        """Forgets the last `-tokens_to_remove` tokens (transformers passes a negative number).
+
+        Raises:
+            UnsupportedModelError: tokens would come back into a window that are forgotten.
+        """
+        self.check_crop(tokens_to_remove)
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what `crop` would."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
-        self.length = max(0, self.length + tokens_to_remove)
+        length = max(0, self.length + tokens_to_remove)
+        if self.window is not None and max(0, length - self.window + 1) < self.dropped:
+            raise UnsupportedModelError(
+                f"crop({tokens_to_remove}): a layer with a window of {self.window} tokens has forgotten those before; "
+                "call activate_past_recording() on the cache before tokens are added that will be removed"
+            )
+
+    def keep_past(self) -> None:
+        """From now on, forgets nothing that is out of the window."""
+        self.keeps_past = True
 
     def reset(self) -> None:
         """Forgets everything, keeps the memory."""
-        self.length = 0
+        self.length = self.dropped = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; `beam_idx` is (batch,)."""
@@ -291,12 +188,12 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # read-only: written by update
-        """A copy of all keys, (batch, heads, tokens, head_dim), or None before the first update."""
+        """A copy of all keys that are kept, (batch, heads, tokens, head_dim), or None before the first update."""
         return self._restored(0)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """A copy of all values, (batch, heads, tokens, head_dim), or None before the first update."""
+        """A copy of all values that are kept, (batch, heads, tokens, head_dim), or None before the first update."""
         return self._restored(1)
 
     # ------------------------------------------------------------------------------------------ what the executor calls
@@ -309,6 +206,11 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def capacity(self) -> int:
         """Tokens that it has room for."""
         return self._capacity
+
+    @property
+    def held(self) -> int:
+        """Tokens that are kept."""
+        return self.length - self.dropped
 
     @property
     def route(self) -> Route:
@@ -333,16 +235,16 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     def read(self, slot: int) -> int:
         """Disk to host: the tokens that attention sees into the slot's staging buffer; returns the bytes."""
-        shape, first, moved = self._known(), self._first, 0
+        shape, (first, last), moved = self._known(), self._seen, 0
         memory = self._space.staging(slot)
         for start, size in shape.parts(self._capacity):
             at = start + first * size  # of no tokens, their page is brought nevertheless: `write` needs it
-            moved += self._space.spill.read_run(self._offset + at, memory, at, (self.length - first) * size)
+            moved += self._space.spill.read_run(self._offset + at, memory, at, (last - first) * size)
         return moved
 
     def write(self, slot: int) -> int:
-        """Host to disk: the tokens of the last update; returns the bytes."""
-        shape, (old, new), moved = self._known(), self._added, 0
+        """Host to disk: the tokens of the last update, or all if they were moved to the front; returns the bytes."""
+        shape, (old, new), moved = self._known(), self._changed, 0
         memory = self._space.staging(slot)
         for start, size in shape.parts(self._capacity):
             at = start + old * size
@@ -353,7 +255,7 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         """Home, or host, to the slot that compute sees: the tokens that attention sees; returns the bytes."""
         shape = self._known()
         working = shape.in_compute().views(self._space.working(slot), self._capacity)
-        kept, tokens = self._kept(slot), (self._first, self.length)
+        kept, tokens = self._kept(slot), self._seen
         for part, old, new in self._pieces(tokens):
             shape.restore(part, kept[part][old:new], working[part][old:new], self._space.copy)
         return self._bytes_of(tokens)
@@ -394,22 +296,28 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         shape = self._known()
         if self.home is not Tier.DISK:
             keys, values = self._at_home()
-            return keys[: self.length].clone(), values[: self.length].clone()
-        keys, values = (torch.empty((self.length, shape.batch, *shape.row(k)), dtype=shape.dtype) for k in (0, 1))
+            return keys[: self.held].clone(), values[: self.held].clone()
+        keys, values = (torch.empty((self.held, shape.batch, *shape.row(k)), dtype=shape.dtype) for k in (0, 1))
         for part, wanted in enumerate((keys, values)):
             for old, new in self._blocks(part):
                 wanted[old:new].copy_(self.block(part, (old, new)))
         return keys, values
 
-    def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Replaces everything held; same axes as `get`, any number of rows. No lane may be busy."""
-        shape, length = self._known(), keys.shape[0]
-        if keys.shape[1] != shape.batch or length > self._capacity:
+    def put(self, keys: torch.Tensor, values: torch.Tensor, dropped: int) -> None:
+        """Replaces everything held; same axes as `get`, any number of rows. No lane may be busy.
+
+        Args:
+            keys: of the tokens after those that are forgotten.
+            values: theirs.
+            dropped: tokens that are forgotten.
+        """
+        shape, held = self._known(), keys.shape[0]
+        if keys.shape[1] != shape.batch or held > self._capacity:
             self.discard()
-            self._capacity = max(self._capacity, length)
+            self._capacity = max(self._capacity, held)
             self.allocate(keys.shape[1], shape.key, shape.value, shape.compute_dtype)
             shape = self._known()
-        self.length = length
+        self.dropped, self.length = dropped, dropped + held
         for part, given in enumerate((keys, values)):
             for old, new in self._blocks(part):
                 self.block(part, (old, new), load=False).copy_(given[old:new])
@@ -453,11 +361,11 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             return
         keys, values = self.get()
         index = rows.to(keys.device)
-        self.put(keys.index_select(1, index), values.index_select(1, index))
+        self.put(keys.index_select(1, index), values.index_select(1, index), self.dropped)
 
     def growth(self, tokens: int) -> CellGrowth:
-        """The most that it would take to hold `tokens` tokens."""
-        capacity = self._grown(tokens)
+        """The most that it would take to get `tokens` tokens in all."""
+        capacity = self._grown(self._room(tokens))
         if self._shape is None or capacity == self._capacity:
             return CellGrowth(0, self.slot_bytes)
         blocks = [
@@ -472,18 +380,22 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` tokens in all. No lane may be busy."""
-        if capacity <= self._capacity:
+        self._enlarge(self._room(capacity))
+
+    def _enlarge(self, places: int) -> None:
+        """Makes room for so many tokens at once."""
+        if places <= self._capacity:
             return
         if self._shape is None or self.length == 0:
             self.discard()
-            self._capacity = capacity
+            self._capacity = places
             return
         keys, values = self.get()
-        shape = self._shape
+        shape, dropped = self._shape, self.dropped
         self.discard()
-        self._capacity = capacity
+        self._capacity = places
         self.allocate(shape.batch, shape.key, shape.value, shape.compute_dtype)
-        self.put(keys, values)
+        self.put(keys, values, dropped)
 
     def discard(self) -> None:
         """Gives back the home's memory and forgets everything. No lane may be busy."""
@@ -491,13 +403,18 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             self._memory.free()
         if self._shape is not None and self.home is Tier.DISK:
             self._space.spill.release(self._offset, self.nbytes)
-        self._memory, self._shape, self.is_initialized, self.length = None, None, False, 0
+        self._memory, self._shape, self.is_initialized, self.length, self.dropped = None, None, False, 0, 0
 
     # ---------------------------------------------------------------------------------------------------------- inside
     @property
     def _first(self) -> int:
         """The first token that the next one sees, as in transformers' own sliding layers."""
         return 0 if self.window is None else max(0, self.length - self.window + 1)
+
+    @property
+    def _seen(self) -> _Tokens:
+        """Places of what the next token sees."""
+        return self._first - self.dropped, self.held
 
     def _known(self) -> CellShape:
         if self._shape is None:
@@ -529,22 +446,50 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
             raise UnsupportedModelError(f"keys and values changed from {self._shape} to {given} within one sequence")
         return given == self._shape
 
-    def _grown(self, length: int) -> int:
-        """Tokens that the cell is allocated for once it holds `length` of them; with every step it grows by half."""
-        return self._capacity if length <= self._capacity else max(length, self._capacity * 3 // 2)
+    def _room(self, tokens: int) -> int:
+        """Places that are needed to get so many tokens in all, one after the other."""
+        return tokens - self.dropped if self.keeps_past else room_for(tokens, self.window)
 
-    def _grow(self, length: int) -> None:
-        if length <= self._capacity:
-            return
+    def _grown(self, places: int) -> int:
+        """Places that the cell has once it needs so many; with every step it grows by half."""
+        return self._capacity if places <= self._capacity else max(places, self._capacity * 3 // 2)
+
+    def _make_room(self, count: int) -> bool:
+        """Room for so many new tokens; returns whether what is kept was moved to the front for it."""
+        new, is_moved = self.length + count, False
+        if new - self.dropped > self._capacity and not self.keeps_past:
+            assert self.window is not None
+            if self.length == 0:
+                self.dropped = max(0, new - max(1, self.window - 1))
+            elif is_moved := self._first > self.dropped and new - self._first <= self._capacity:
+                self._move_to_front()
+        if (places := new - self.dropped) > self._capacity:
+            self._grow(places)
+        return is_moved
+
+    def _move_to_front(self) -> None:
+        """Forgets what is out of the window, and moves what is in it to the front, wherever it lies just now."""
+        old, end = self._seen
+        if self.home is Tier.DISK:
+            self._claim_slot()
+        lying = [self._kept(self._slot)]
+        if self.route.push:
+            lying.append(self._known().in_compute().views(self._space.working(self._slot), self._capacity))
+        for part in (part for parts in lying for part in parts):
+            part[: end - old].copy_(part[old:end].clone())
+        self.dropped += old
+
+    def _grow(self, places: int) -> None:
         if self.route.moves and self.length:
             # The slot holds what was loaded; growing goes through the home, which is complete up to `length`.
-            self.reserve(self._grown(length))
+            self._enlarge(self._grown(places))
             self._refill()
         else:
-            shape = self._known()
-            self.reserve(self._grown(length))
+            shape, dropped = self._known(), self.dropped
+            self._enlarge(self._grown(places))
             if self._shape is None or not self.is_initialized:
                 self.allocate(shape.batch, shape.key, shape.value, shape.compute_dtype)
+            self.dropped = dropped
 
     def _refill(self) -> None:
         """Loads the slot again after the layout changed under it."""
@@ -570,13 +515,13 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     def _as_kept(
         self, states: tuple[torch.Tensor, torch.Tensor], first: int, old: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Brings new tokens to where the cell is kept; stand-ins for everything from `first` on."""
+        """Brings new tokens to where the cell is kept; stand-ins for everything from place `first` on."""
         if self.home is Tier.DISK:
             self._claim_slot()
         shape, kept = self._known(), self._kept(self._slot)
         own = states[0].to(kept[0].device), states[1].to(kept[1].device)
         for part, given in enumerate(own):
-            shape.keep(part, given.permute(2, 0, 1, 3), kept[part][old : self.length], self._space.copy)
+            shape.keep(part, given.permute(2, 0, 1, 3), kept[part][old : self.held], self._space.copy)
         return KeptStates(shape, (kept[0][first:old], kept[1][first:old]), own).stand_ins()
 
     @property
@@ -597,9 +542,10 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         return SlotBytes(staging=staging, working=seen if self.route.push else 0)
 
     def _blocks(self, part: int) -> Iterator[_Tokens]:
-        return _blocks(self.length, [self._known().parts(0)[part][1]], self.home is Tier.DISK)
+        return _blocks(self.held, [self._known().parts(0)[part][1]], self.home is Tier.DISK)
 
     def _bytes_of(self, tokens: _Tokens) -> int:
+        """Of the tokens at these places."""
         shape = self._known()
         return (tokens[1] - tokens[0]) * (shape.token_bytes(0) + shape.token_bytes(1))
 
@@ -649,7 +595,7 @@ def exchange(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
     tier = Tier.DEVICE if all(cell.home is Tier.DEVICE for cell in cells) else Tier.HOST
     for part in range(2):
         sizes = [shape.parts(0)[part][1] for shape in shapes]
-        for old, new in _blocks(cells[0].length, sizes, any(cell.home is Tier.DISK for cell in cells)):
+        for old, new in _blocks(cells[0].held, sizes, any(cell.home is Tier.DISK for cell in cells)):
             memory = space.scratch(tier, (new - old) * sum(sizes))
             pool = tensor_view(memory, 0, shapes[0].dtype, (new - old, ends[-1], *shapes[0].row(part)))
             for cell, shape, end in zip(cells, shapes, ends, strict=True):

@@ -1,21 +1,16 @@
 """Where each tensor of a model lies in a checkpoint's files, found with transformers' own renaming rules.
 
-Knows files, names and transformers' conversion mappings; knows nothing of tiers, policies and running models. Nothing
-here executes what a checkpoint contains: pickles are read with `weights_only=True`.
+Knows names and transformers' conversion mappings; knows nothing of tiers, policies and running models.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
-import pickle
 import re
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,65 +18,19 @@ from typing import Any
 import torch
 
 from .architectures import Structure
+from .checkpoint_files import CheckpointTensor, first_line, index_files
 from .compression import weight_formats
-from .errors import StoreError, UnsupportedModelError
+from .errors import StoreError
+from .gguf_files import index_gguf, is_gguf
 from .policy import Compression
-from .storage.ledger import gib
-from .weights.format import Manifest, TensorExtent, is_store, read_header
-from .weights.pieces import pieces_of_extent, pieces_of_tensor, read_extent, torch_dtype
-from .weights.quantized import Method, Quantization, QuantizedExtent, Quantizing, part_names
+from .prequantized import dequantizer, refuse_unread_scales, stored_settings
+from .weights.quantized import Method, Quantizing
+from .weights.stacked import StackedExtent, find_stacked
 from .weights.writer import ShardPlan, TensorPlan
 
-__all__ = [
-    "CheckpointTensor",
-    "index_files",
-    "load_pickle",
-    "match",
-    "plan_shards",
-    "planned_quantizing",
-    "read_checkpoint",
-    "refuse_quantized",
-    "source_fingerprint",
-    "stores_of",
-    "target_dtype",
-]
+__all__ = ["match", "plan_shards", "planned_quantizing", "read_checkpoint", "target_dtype"]
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointTensor:
-    """A tensor of a checkpoint and how to get it.
-
-    Args:
-        shape: its sizes.
-        dtype: its element type as `load` gives it; for an extent, the type in the file.
-        load: gives the whole tensor, each time anew.
-        extent: its bytes in a file, where they lie there as they are; else `None` (pickles, fused tensors).
-        quantized: its parts in a store's shard, if it is quantized there; `load` then dequantizes it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
-    extent: TensorExtent | None = None
-    quantized: QuantizedExtent | None = None
-
-    @classmethod
-    def of_stored(cls, extent: TensorExtent | QuantizedExtent, dtype: torch.dtype) -> CheckpointTensor:
-        """A tensor that lies in a file as it is, or quantized; then `load` gives it as `dtype`."""
-        if isinstance(extent, TensorExtent):
-            return cls.of_extent(extent)
-        return cls(extent.shape, dtype, functools.partial(extent.dequantize, dtype), quantized=extent)
-
-    @classmethod
-    def of_extent(cls, extent: TensorExtent) -> CheckpointTensor:
-        """A tensor that lies in a file as it is."""
-        return cls(extent.shape, torch_dtype(extent.dtype), functools.partial(read_extent, extent), extent)
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """The elements, as flat pieces; each is valid until the next is asked for."""
-        return pieces_of_extent(self.extent) if self.extent is not None else pieces_of_tensor(self.load())
 
 
 def read_checkpoint(
@@ -91,7 +40,7 @@ def read_checkpoint(
 
     Args:
         model: the model on `meta`.
-        files: all `.safetensors` or all `.bin` files of the checkpoint.
+        files: all `.safetensors` or all `.bin` files of the checkpoint, or its one `.gguf` file.
         dtype: the type to which tensors that must be fused are cast first, as transformers does; `None` keeps theirs.
 
     Returns:
@@ -99,24 +48,11 @@ def read_checkpoint(
 
     Raises:
         StoreError: a file is missing, broken or refused; a tensor is missing or has another shape.
-        UnsupportedModelError: the checkpoint is quantized by another method.
+        UnsupportedModelError: the checkpoint is quantized by a method that cannot be undone.
     """
-    refuse_quantized(model.config)
-    return match(model, index_files(files), dtype)
-
-
-def refuse_quantized(config: Any) -> None:
-    """Raises `UnsupportedModelError` for a configuration of a checkpoint quantized by a method that is not ours."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
-    method = getattr(method, "value", method)
-    if method != "flexgen":
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized with {method or 'an unnamed method'}; its weights cannot be streamed. Take "
-            "the model's 16-bit checkpoint, and compression='4bit' if it should be small"
-        )
+    quantizer = dequantizer(stored_settings(model.config))
+    found = index_gguf(model, Path(files[0])) if is_gguf(files) else index_files(files)
+    return match(model, found, dtype, quantizer)
 
 
 def target_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -138,15 +74,6 @@ def target_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
             return wanted
     own: torch.dtype = model.get_parameter_or_buffer(name).dtype
     return own
-
-
-def source_fingerprint(files: Iterable[Path]) -> str:
-    """A hash of the files' names, sizes and times of change. The Hub's files are named by the hash of their content."""
-    described = []
-    for file in sorted(Path(file).resolve() for file in files):
-        status = file.stat()
-        described.append([file.name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def plan_shards(
@@ -180,97 +107,6 @@ def planned_quantizing(
     return {name: Quantizing(fmt, method) for name, fmt in formats.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ reading files
-
-
-def stores_of(files: Iterable[Path]) -> list[Path]:
-    """The folders of the stores whose shards are among a checkpoint's files."""
-    folders = dict.fromkeys(file.parent.parent for file in files if file.parent.name == "shards")
-    return [folder for folder in folders if is_store(folder)]
-
-
-def index_files(files: Sequence[Path]) -> dict[str, CheckpointTensor]:
-    """The tensors of a checkpoint's files under the names they have there; the parts of a quantized one as one.
-
-    Raises:
-        StoreError: a file is missing, broken, or a pickle that holds more than tensors.
-    """
-    found: dict[str, CheckpointTensor] = {}
-    for file in map(Path, files):
-        if file.suffix == ".safetensors":
-            found.update((name, CheckpointTensor.of_extent(extent)) for name, extent in read_header(file).items())
-        else:
-            found.update(_index_pickle(file))
-    for folder in stores_of(map(Path, files)):
-        _join_quantized(folder, found)
-    return found
-
-
-def _join_quantized(folder: Path, found: dict[str, CheckpointTensor]) -> None:
-    manifest = Manifest.load(folder)
-    quantization = Quantization.of(manifest, folder)
-    if quantization is None:
-        return
-    extents = {name: tensor.extent for name, tensor in found.items() if tensor.extent is not None}
-    dtype = getattr(torch, manifest.dtype, torch.float32)
-    for name, extent in quantization.join(folder, extents).items():
-        for part in part_names(name):
-            del found[part]
-        found[name] = CheckpointTensor.of_stored(extent, dtype)
-
-
-def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, with tensors left in the file where the format allows; executes nothing.
-
-    Raises:
-        StoreError: the file is missing or broken, or holds something that would have to be executed.
-    """
-    mapped = zipfile.is_zipfile(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise StoreError(
-            f"{path} is not a plain file of tensors, and nothing in it was executed ({_first_line(error)}); "
-            "take the checkpoint's safetensors files, or save it anew from a program that you trust"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise StoreError(f"cannot read {path}: {_first_line(error)}; download it again") from error
-
-
-def _index_pickle(path: Path) -> dict[str, CheckpointTensor]:
-    loaded = load_pickle(path)
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise StoreError(f"{path} holds no dictionary of tensors; it is not a checkpoint of a transformers model")
-    if zipfile.is_zipfile(path):
-        return {name: _of_tensor(tensor) for name, tensor in loaded.items()}
-    _logger.warning(
-        "%s has the format that torch used before 1.6, which can only be read whole: its %s must fit in memory",
-        path, gib(path.stat().st_size),
-    )  # fmt: skip
-    return {
-        name: CheckpointTensor(tuple(tensor.shape), tensor.dtype, functools.partial(_from_legacy, path, name))
-        for name, tensor in loaded.items()
-    }
-
-
-def _of_tensor(tensor: torch.Tensor) -> CheckpointTensor:
-    return CheckpointTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
-
-
-def _from_legacy(path: Path, name: str) -> torch.Tensor:
-    tensor: torch.Tensor = _legacy_file(path)[name].detach()
-    return tensor
-
-
-@functools.lru_cache(maxsize=1)  # one file in memory, however many are read in turn
-def _legacy_file(path: Path) -> Any:
-    return load_pickle(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ----------------------------------------------------------------------------------------------------- matching names
 
 
@@ -281,9 +117,15 @@ class _Target:
     converter: Any = None
     keys: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)  # with the pattern that matched
 
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether the converter wants what is in the file as it is, to make numbers of it."""
+        operations = getattr(self.converter, "operations", ())
+        return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
+
 
 def match(
-    model: Any, found: Mapping[str, CheckpointTensor], dtype: torch.dtype | None = None
+    model: Any, found: Mapping[str, CheckpointTensor], dtype: torch.dtype | None = None, quantizer: Any = None
 ) -> dict[str, CheckpointTensor]:
     """Gives a checkpoint's tensors the names and the form that the model wants.
 
@@ -291,12 +133,16 @@ def match(
         model: the model on `meta`.
         found: tensors by their names in the checkpoint.
         dtype: as for `read_checkpoint`.
+        quantizer: for a quantized checkpoint, what `prequantized.dequantizer` gives.
 
     Raises:
         StoreError: a tensor is missing or has another shape.
+        UnsupportedModelError: tensors are quantized and nothing says how.
     """
     meta: dict[str, torch.Tensor] = model.state_dict()
-    targets, unexpected = _sort_keys(model, found, meta)
+    targets, unexpected = _sort_keys(model, found, meta, quantizer)
+    keys = {name: [key for key, _ in target.keys] for name, target in targets.items()}
+    refuse_unread_scales(keys, found, meta, {name for name, target in targets.items() if target.is_dequantized})
     result: dict[str, CheckpointTensor] = {}
     for name, target in targets.items():
         if target.converter is None:
@@ -311,13 +157,13 @@ def match(
 
 
 def _sort_keys(
-    model: Any, found: Mapping[str, CheckpointTensor], meta: dict[str, torch.Tensor]
+    model: Any, found: Mapping[str, CheckpointTensor], meta: dict[str, torch.Tensor], quantizer: Any
 ) -> tuple[dict[str, _Target], list[str]]:
     """Which checkpoint keys make up each state-dict name, and the keys for which there is none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -346,13 +192,29 @@ def _converted(
     """The tensors that a converter makes; one that is split gives several."""
     patterns = target.converter.target_patterns
     names = [other for p in patterns if (other := name.replace(patterns[0], p)) in meta] or [name]
-    made = dtype if dtype is not None else found[target.keys[0][0]].dtype
+    made = meta[name].dtype if target.is_dequantized else dtype or found[target.keys[0][0]].dtype
+    stacked = _stacked(model, name, target, found) if names == [name] and not target.is_dequantized else None
     return {
         each: CheckpointTensor(
-            tuple(meta[each].shape), made, functools.partial(_convert, model, (name, each), target, found, dtype)
+            tuple(meta[each].shape),
+            made,
+            functools.partial(_convert, model, (name, each), target, found, made),
+            stacked=stacked,
         )
         for each in names
     }
+
+
+def _stacked(model: Any, name: str, target: _Target, found: Mapping[str, CheckpointTensor]) -> StackedExtent | None:
+    """Where the matrices lie of which a converter makes a stack; None if it does more, or files do not hold them."""
+
+    def convert(trial: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        tried = {key: CheckpointTensor.of_tensor(value) for key, value in trial.items()}
+        return _convert(model, (name, name), target, tried, torch.int64)
+
+    sources = {key: found[key].extent for key, _ in target.keys}
+    extents = {key: extent for key, extent in sources.items() if extent is not None}
+    return find_stacked(extents, convert) if len(extents) == len(sources) else None
 
 
 def _convert(
@@ -360,19 +222,26 @@ def _convert(
     names: tuple[str, str],
     target: _Target,
     found: Mapping[str, CheckpointTensor],
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Runs a converter and picks one of its results; `names` is the converter's first target, and the one wanted."""
     first, wanted = names
     converter = deepcopy(target.converter)  # a converter forgets what it has converted
+    before = None if target.is_dequantized else dtype
     for key, pattern in target.keys:
-        converter.add_tensor(first, key, pattern, functools.partial(_load_as, found[key], dtype))
-    results = converter.convert(first, model=model, config=model.config)
+        converter.add_tensor(first, key, pattern, functools.partial(_load_as, found[key], before))
+    try:
+        results = converter.convert(first, model=model, config=model.config)
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(
+            f"converting {', '.join(key for key, _ in target.keys)} into {first!r} failed ({first_line(error)}); check "
+            "that config.json belongs to the checkpoint"
+        ) from error
     if wanted not in results:
         raise StoreError(f"converting {first!r} gave {', '.join(results) or 'nothing'}, not {wanted!r}")
     value = results[wanted]
     tensor: torch.Tensor = value[0] if isinstance(value, list) else value
-    return tensor
+    return tensor.to(dtype)
 
 
 def _load_as(tensor: CheckpointTensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -20,8 +20,9 @@ from . import __version__
 from .batch_command import batch_command
 from .bench.command import bench_command
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
+from .models_command import models_command
 from .plan_command import plan_command
-from .policy import Compression, Policy
+from .policy import AUTO, Compression, Policy
 from .profile_command import profile_command
 
 __all__ = ["app", "load_for_batch", "main", "parse_max_memory", "parse_policy", "read_prompts"]
@@ -39,8 +40,10 @@ app.command("batch")(batch_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
+app.command("models")(models_command)
 
 _Dtype = Literal["float16", "bfloat16", "float32"]
+_Objective = Literal["throughput", "latency", "block"]
 _Percents = tuple[float, float, float, float, float, float]
 
 
@@ -90,7 +93,7 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         str | None,
         typer.Option(
             help="Where weights, cache and hidden states live: six percentages (each on device and host, "
-            "the rest on disk), for example `20 80 0 100 0 100`, or a policy's JSON file."
+            "the rest on disk), for example `20 80 0 100 0 100`, a policy's JSON file, or `auto`, which finds the best."
         ),
     ] = None,
     percent: Annotated[
@@ -111,7 +114,24 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     ] = None,
     compression: Annotated[
         str | None,
-        typer.Option(help='Quantize, for example `{"weights": 4}`; a checkpoint is converted once for it.'),
+        typer.Option(
+            help='Quantize, for example `{"weights": 4}`; a checkpoint is converted once for it. With `--policy auto`, '
+            "`any` leaves it to the search."
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="With `--policy auto`: a file of `profile`, or a preset.", show_default="this machine"),
+    ] = None,
+    objective: Annotated[
+        _Objective | None,
+        typer.Option(
+            help="With `--policy auto`: the most tokens per second, the shortest time, or the largest block in time.",
+            show_default="throughput",
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(min=0, help="With `--objective block`: seconds that a block may take.")
     ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Limit of each tier, for example `0=14GiB,cpu=180GiB,disk=1TiB`.")
@@ -143,12 +163,19 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         offload_folder=str(offload_folder) if offload_folder else None,
         dtype=dtype,
         revision=revision,
+        hardware=hardware,
+        objective=objective,
+        deadline_s=deadline,
     )
     if do_sample is None and (temperature, top_p, top_k) != (None, None, None):
         do_sample = True
     sampling = _given(do_sample=do_sample, temperature=temperature, top_p=top_p, top_k=top_k, num_beams=num_beams)
     _refuse_missing_folder(model)
     tokenizer = _load_tokenizer(model, **_given(revision=revision))
+    if loading.get("policy") == AUTO:
+        loading.update(_given(batch_size=batch_size, num_batches=num_batches))
+        longest = max(map(len, tokenizer(prompts)["input_ids"]))
+        loading["workload"] = {"batch": len(prompts), "prompt_len": longest, "max_new_tokens": max_new_tokens}
     with _load(model, loading) as loaded:
         loaded.show_progress = sys.stderr.isatty() if progress is None else progress
         texts = _complete(loaded, tokenizer, prompts, seed, max_new_tokens=max_new_tokens, **sampling)
@@ -182,7 +209,9 @@ def quality(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, taken from the text.")] = 8,
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each.")] = 32,
-    policy: Annotated[str | None, typer.Option(help="Six percentages or a JSON file, as for `generate`.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Six percentages, a JSON file or `auto`, as for `generate`.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "--gpu-batch-size", help="Sequences of a micro-batch.")
     ] = None,
@@ -216,6 +245,9 @@ def quality(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         offload_folder=str(offload_folder) if offload_folder else None,
         dtype=dtype,
     )
+    if loading.get("policy") == AUTO:
+        loading.update(_given(batch_size=batch_size, num_batches=num_batches))
+        loading["workload"] = {"prompt_len": window, "max_new_tokens": 1}
     words = _read_text(text)
     for source in {variant.source for variant in variants}:
         _refuse_missing_folder(source)
@@ -257,11 +289,11 @@ def demo(
     )
 
 
-def parse_policy(text: str | None, percents: _Percents | None = None, **fields: Any) -> Policy | None:
-    """The policy that the options describe, or `None` if they say nothing.
+def parse_policy(text: str | None, percents: _Percents | None = None, **fields: Any) -> Policy | str | None:
+    """The policy that the options describe, `"auto"`, or `None` if they say nothing.
 
     Args:
-        text: six percentages, a JSON file's path, or JSON text.
+        text: six percentages, a JSON file's path, JSON text, or `auto`.
         percents: six percentages, as an alternative to `text`.
         fields: other fields of `Policy`; `None` is not given.
 
@@ -270,9 +302,11 @@ def parse_policy(text: str | None, percents: _Percents | None = None, **fields: 
     """
     if text is not None and percents is not None:
         raise PolicyError("--policy and --percent say the same thing; give one of them")
-    if text == "auto":
-        raise PolicyError("--policy auto is not available in this version; give six percentages or a JSON file")
     fields = _given(**fields)
+    if text == AUTO:
+        if "overlap" in fields:
+            raise PolicyError("--overlap: --policy auto finds it; leave it out")
+        return AUTO
     if percents is not None:
         return Policy.parse(percents, **fields)
     if text is not None:
@@ -321,18 +355,24 @@ def _given(**options: Any) -> dict[str, Any]:
 def _refuse_missing_folder(model: str) -> None:
     # transformers would take such a path for a Hub id and say so at length
     path = Path(model).expanduser()
-    if (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2) and not path.is_dir():
+    if (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2) and not (
+        path.is_dir() or (path.suffix == ".gguf" and path.is_file())
+    ):
         raise StoreError(f"no folder {model!r}; give a Hub id, a model folder, or a store made by 'flexgen-hf convert'")
 
 
 def _load_tokenizer(model: str, **hub_options: Any) -> Any:
     from transformers import AutoConfig
 
-    from .text import load_tokenizer
+    from .gguf_files import refuse_missing_reader
+    from .text import load_tokenizer, named_file
 
     with _loading_errors(model):
+        folder, options = named_file(_expanded(model))
+        if options:
+            refuse_missing_reader()
         # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
-        AutoConfig.from_pretrained(_expanded(model), **hub_options)
+        AutoConfig.from_pretrained(folder, **options, **hub_options)
         return load_tokenizer(_expanded(model), **hub_options)
 
 

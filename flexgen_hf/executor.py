@@ -14,7 +14,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import greenlet
@@ -23,6 +23,7 @@ from torch import nn
 
 from .architectures import Structure
 from .errors import UnsupportedModelError
+from .experts import Experts, Mixture
 from .hidden_states import HiddenStates
 from .kv_cache import BlockCache
 from .parameters import ParameterTable
@@ -35,6 +36,7 @@ from .storage.lanes import Lanes, LaneUse, Ticket
 from .storage.workspace import Workspace
 from .tiles import TileCast, TileDequantize
 from .weights.store import WeightStore
+from .weights.tensors import Unit
 
 __all__ = ["Executor"]
 
@@ -51,6 +53,7 @@ class _Row(greenlet.greenlet):
         super().__init__(run)
         self.batch = batch
         self.at = 0  # the stage it is suspended before; 0 before it started
+        self.waits_for_experts = False  # it is suspended in the middle of that stage
         self.held: list[torch.Tensor] = []  # what the model's own frame goes on naming, though it is used up
         self.head_input: torch.Tensor | None = None
         self.head_output: torch.Tensor | None = None
@@ -73,6 +76,7 @@ class Executor:
         weights: the store.
         policy: placements, block shape, overlap.
         space: where it computes and keeps its bytes.
+        mixtures: by stage, the experts that the store holds one by one; they get an entry point of ours, too.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Executor:
         weights: WeightStore,
         policy: Policy,
         space: Workspace,
+        mixtures: Mapping[int, Mixture],
     ) -> None:
         self.model, self.structure, self.weights, self.policy = model, structure, weights, policy
         self.space = space
@@ -95,8 +100,8 @@ class Executor:
         self._closed = False
         self._schedule = Schedule(space.rings, overlap=policy.overlap)
         self._sweep = 0  # the one that runs, or the next one
-        self._loads: collections.Counter[int] = collections.Counter()  # how often each stage was pushed
-        self._installs: collections.Counter[int] = collections.Counter()  # how often it was used
+        self._loads: collections.Counter[Unit] = collections.Counter()  # how often each unit was pushed
+        self._installs: collections.Counter[Unit] = collections.Counter()  # how often it was used
         self._tickets: dict[StepId, Ticket] = {}
         self._weight_slots: dict[tuple[int, int], int] = {}  # (sweep, stage) -> slot
         self._outer_loaded = False
@@ -110,6 +115,10 @@ class Executor:
         self._parameters = ParameterTable(model)
         self._tiles, self._dequantized_tiles = TileCast(), TileDequantize()
         self._codes: dict[str, tuple[Quantized, GroupFormat]] = {}  # of the stage that computes
+        self._multiplied: list[Any] = []  # modules whose products are ours
+        self._mixtures = mixtures
+        self._experts = Experts(mixtures, weights, self._tiles, self._dequantized_tiles)
+        self._parameters.leave_out(self._experts.placeholders())
         self._parameters.install_resident(weights, model, space.device)
         self._patch()
 
@@ -173,8 +182,8 @@ class Executor:
 
     def _counted(self, made: collections.Counter[str]) -> dict[str, int]:
         """How many tensors were cast, or dequantized, in this session, and how often one at most per load."""
-        stages = {tensor.name: tensor.stage for tensor in self.weights.stored}
-        used = {name: max(1, self._loads[stages[name]], self._installs[stages[name]]) for name in made}
+        units = self.weights.units
+        used = {name: max(1, self._loads[units[name]], self._installs[units[name]]) for name in made}
         most = max((-(-count // used[name]) for name, count in made.items()), default=0)
         return {"tensors": made.total(), "per_stage_and_sweep": most}
 
@@ -188,6 +197,7 @@ class Executor:
         self._tickets.clear()
         self._weight_slots.clear()
         self._outer_loaded = False
+        self._experts.clear()
         self._schedule.restart()
         self._sweep = self._schedule.sweep
         self._parameters.clear()
@@ -201,13 +211,45 @@ class Executor:
     def settle(self, *, weights: bool = True) -> None:
         """Waits until no lane moves anything, or without `weights` anything else; raises the first error."""
         for name, ticket in list(self._tickets.items()):
-            if weights or name.what is not What.WEIGHTS:
+            if weights or name.what not in _OF_WEIGHTS:
                 ticket.wait()
 
     def release_cache(self) -> None:
         """Lets go of the last run's cache, which is held while lanes may write to it."""
         self.settle()
         self._cache = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call runs inside of another one's session."""
+        return self._depth > 1
+
+    def adopt(self, policy: Policy, place: Callable[[], WeightStore] | None = None) -> None:
+        """Goes on with another policy of the same rings, before anything of a session was computed.
+
+        Args:
+            policy: the new one.
+            place: gives the weights as they are to be placed, if they are to be placed anew; what they take is given
+                back before. If that fails the model cannot be used any more.
+        """
+        assert not self.is_busy
+        self.policy = policy
+        if place is not None:
+            self._abort()
+            self._parameters.clear(resident=True)
+            self.weights.close()
+            try:
+                self.weights = place()
+                self.weights.load_homes()
+            except BaseException:
+                self.close()
+                raise
+            self._experts = Experts(self._mixtures, self.weights, self._tiles, self._dequantized_tiles)
+            self._parameters.install_resident(self.weights, self.model, self.space.device)
+            self._patch_products()
+        if self.last_run is not None:
+            self.last_run.policy = policy
+            self.last_run.placement["weights"] = self.weights.placement
 
     def close(self) -> None:
         """Gives back the weights' memory and files."""
@@ -269,7 +311,7 @@ class Executor:
                 _end(coroutines)
             if cache is not None:
                 report.placement["cache"] = cache.placement()
-            report.end_sweep()
+            report.end_sweep(self._experts.take_use())
             return [coroutine.result for coroutine in coroutines]
 
     def _traffic(self, cache: BlockCache | None, hidden: HiddenStates, fresh: bool) -> Traffic:
@@ -288,6 +330,7 @@ class Executor:
             hidden=tuple(hidden.route(k) for k in batches),
             fresh_cache=fresh,
             tied=self.weights.tied,
+            sparse=self._experts.stages,
         )
 
     def _execute(
@@ -301,7 +344,13 @@ class Executor:
         # Rings bound how far ahead loads can be; to list more than that ahead would only take memory.
         ahead = (self.space.rings.layers + 1) * traffic.num_batches
         work: collections.deque[Step] = collections.deque()
-        for step in self._schedule.steps(traffic, following):
+
+        def choose(stage: int, batch: int) -> Sequence[tuple[int, tuple[Route, ...]]]:
+            while work:
+                self._compute(work.popleft(), coroutines, cache)
+            return self._experts.new(stage, batch)
+
+        for step in self._schedule.steps(traffic, following, choose):
             if step.id.lane is Lane.COMPUTE:
                 self._tickets[step.id] = Ticket(step.id)
                 work.append(step)
@@ -322,7 +371,8 @@ class Executor:
             self._lanes = self._start_lanes()
         if step.id.what is What.WEIGHTS:
             self._weight_slots[step.id.sweep, step.id.stage] = step.slot
-            self._loads[step.id.stage] += step.id.piece == 0 and step.id.lane is Lane.HOST_TO_DEVICE
+        if step.id.what in _OF_WEIGHTS:
+            self._loads[_unit(step)] += step.id.piece == 0 and step.id.lane is Lane.HOST_TO_DEVICE
         work = self._transfer(step, cache, hidden)
         if self.space.is_asynchronous:
             work = functools.partial(self._finished, work)
@@ -355,8 +405,8 @@ class Executor:
         """The function that moves what a step names."""
         _, lane, what, stage, batch, piece = step.id
         verb = _VERBS[lane]
-        if what is What.WEIGHTS:
-            return functools.partial(getattr(self.weights, verb), stage, piece, step.slot, step.staging)
+        if what in _OF_WEIGHTS:
+            return functools.partial(getattr(self.weights, verb), _unit(step), piece, step.slot, step.staging)
         if what is What.CACHE:
             assert cache is not None
             return functools.partial(getattr(cache.children[batch].cells[stage - 1], verb), step.slot)
@@ -371,19 +421,38 @@ class Executor:
         with self._uses[Lane.COMPUTE.value].at_work(step.id), _noted(step):
             if self.before_step is not None:
                 self.before_step(Lane.COMPUTE.value, step.id)
-            if batch <= 0:
-                self._install(stage)
-            if cache is not None and 0 < stage < self.structure.head_stage:
-                cache.children[batch].cells[stage - 1].bind(step.slot)
-            if stage == self.structure.head_stage:
-                self._run_head(coroutines)
+            if step.id.what is What.EXPERT:
+                self._installs[_unit(step)] += 1
+                self._experts.compute(stage, batch, step.slot)
+            elif step.id.what is What.REST:
+                self._run_rest(coroutines[batch], stage)
             else:
-                self._resume(coroutines[batch], stage)
-            if batch in (-1, len(coroutines) - 1):
+                self._run_stage(step, coroutines, cache)
+            is_part = step.id.what is What.EXPERT or (step.id.what is What.STAGE and stage in self._experts.stages)
+            if batch in (-1, len(coroutines) - 1) and not is_part:
                 self._uninstall(stage)
         self._tickets[step.id].finish(event=self._event())
         if self.on_compute is not None:
-            self.on_compute(stage, batch)
+            self.on_compute(stage, -1 if step.id.what is What.EXPERT else batch)
+
+    def _run_stage(self, step: Step, coroutines: list[_Row], cache: BlockCache | None) -> None:
+        """A stage, or of a layer with experts what comes before them."""
+        stage, batch = step.id.stage, step.id.batch
+        if batch <= 0:
+            self._install(stage)
+            self._experts.begin(stage)
+        if cache is not None and 0 < stage < self.structure.head_stage:
+            cache.children[batch].cells[stage - 1].bind(step.slot)
+        if stage == self.structure.head_stage:
+            self._run_head(coroutines)
+        else:
+            self._resume(coroutines[batch], stage)
+
+    def _run_rest(self, coroutine: _Row, stage: int) -> None:
+        """What a layer does after its experts; nothing where it did without them."""
+        if coroutine.waits_for_experts:
+            coroutine.waits_for_experts = False
+            self._resume(coroutine, stage)
 
     def _resume(self, coroutine: _Row, stage: int) -> None:
         """Runs a micro-batch from the stage it is suspended before to the next one."""
@@ -427,9 +496,9 @@ class Executor:
         for index, layer in enumerate(self.structure.layers):
             layer.__dict__["flexgen_forward"] = layer.forward
             layer.__dict__["forward"] = functools.partial(self._enter_layer, index + 1, layer)
-            for name in self.weights.late(index + 1):
-                linear: Any = self._parameters.owner(name)
-                linear.__dict__["forward"] = functools.partial(self._multiply, name, linear)
+        self._patch_products()
+        for stage, experts in self._experts.modules():
+            experts.__dict__["forward"] = functools.partial(self._enter_experts, stage)
         model: Any = self.model
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if embedding is not None:
@@ -444,12 +513,24 @@ class Executor:
             head.__dict__["flexgen_forward"] = head.forward
             head.__dict__["forward"] = functools.partial(self._enter_head, head)
 
+    def _patch_products(self) -> None:
+        """Has matrices multiplied here that arrive in another form than that of compute; no others."""
+        for module in self._multiplied:
+            del module.__dict__["forward"]
+        self._multiplied = []
+        for index in range(len(self.structure.layers)):
+            for name in self.weights.late(index + 1):
+                linear: Any = self._parameters.owner(name)
+                linear.__dict__["forward"] = functools.partial(self._multiply, name, linear)
+                self._multiplied.append(linear)
+
     def _enter_layer(self, stage: int, layer: Any, *args: Any, **kwargs: Any) -> Any:
         coroutine = self._current(f"layer {stage - 1}")
         coroutine.suspend(stage)
         hidden = self._hidden
         assert hidden is not None
-        args, kwargs = hidden.restore(coroutine.batch, args, kwargs)
+        # Experts come when all micro-batches are at their router, by when the slot is another's.
+        args, kwargs = hidden.restore(coroutine.batch, args, kwargs, outlives_slot=stage in self._experts.stages)
         output = layer.flexgen_forward(*args, **kwargs)
         states = output[0] if isinstance(output, (tuple, list)) else output
         if stage == 1:
@@ -458,6 +539,16 @@ class Executor:
             coroutine.held.append(states)
             return output
         return hidden.park(coroutine.batch, output)
+
+    def _enter_experts(
+        self, stage: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The forward of a module of experts, under transformers' own names."""
+        coroutine = self._current("a mixture of experts")
+        self._experts.arrive(coroutine.batch, hidden_states, top_k_index, top_k_weights)
+        coroutine.waits_for_experts = True
+        coroutine.suspend(stage)
+        return self._experts.result(coroutine.batch)
 
     def _forget(self, coroutine: _Row, needed: torch.Tensor) -> None:
         """Frees what is used up and the model's frame goes on naming, but for `needed`; whoever reads it reads NaN."""
@@ -504,7 +595,7 @@ class Executor:
             self.settle()
             arrived = self._outer_loaded or (self._sweep, 0) in self._weight_slots
             if self.weights.routes()[0] and not arrived:
-                self.weights.fetch_now(0, 0)
+                self.weights.fetch_now(Unit(0))
                 self._weight_slots[self._sweep, 0] = 0
             self._install(0)
             try:
@@ -534,10 +625,10 @@ class Executor:
     # --------------------------------------------------------------------------------------------------------- helpers
     def _install(self, stage: int) -> None:
         source = self._weights_stage(stage)
-        self._installs[source] += 1
-        slot = self._weights_slot(source)
-        self._parameters.install(source, self.weights.tensors(source, slot))
-        self._codes = {name: (codes, fmt) for name, codes, fmt in self.weights.codes(source, slot)}
+        unit, slot = Unit(source), self._weights_slot(source)
+        self._installs[unit] += 1
+        self._parameters.install(source, self.weights.tensors(unit, slot))
+        self._codes = {name: (codes, fmt) for name, codes, fmt in self.weights.codes(unit, slot)}
         if stage not in self._checked:
             # torch can multiply by a tensor on `meta` without an error and return garbage, so this is looked at once.
             self._parameters.check_complete(self._modules_of(stage), self.structure.stage_name(stage))
@@ -598,6 +689,14 @@ _VERBS = {
     Lane.DEVICE_TO_HOST: "pull",
     Lane.HOST_TO_DISK: "write",
 }
+
+
+_OF_WEIGHTS = (What.WEIGHTS, What.EXPERT)
+
+
+def _unit(step: Step) -> Unit:
+    """What a step of weights moves, or what an expert's step computes with."""
+    return Unit(step.id.stage, step.id.batch if step.id.what is What.EXPERT else -1)
 
 
 @contextlib.contextmanager

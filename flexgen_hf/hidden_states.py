@@ -80,8 +80,16 @@ class HiddenStates:
             return type(output)((placeholder, *output[1:]))
         return placeholder
 
-    def restore(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    def restore(
+        self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, outlives_slot: bool = False
+    ) -> tuple[tuple[Any, ...], Any]:
         """Puts the real hidden states where the model passes the placeholder to the next layer.
+
+        Args:
+            batch: number of the micro-batch.
+            args: of the layer.
+            kwargs: of the layer.
+            outlives_slot: the layer may need them when their slot is in use for others.
 
         Raises:
             UnsupportedModelError: the model passes something else, so it changed them in between.
@@ -89,7 +97,11 @@ class HiddenStates:
         placeholder = self._placeholder.pop(batch, None)
         if placeholder is None:
             return args, kwargs
-        value = self._given[batch] = self._loaded(batch)
+        value = self._loaded(batch)
+        if outlives_slot:
+            value = value.clone()
+        else:
+            self._given[batch] = value
         found = [i for i, a in enumerate(args) if a is placeholder]
         names = [n for n, a in kwargs.items() if a is placeholder]
         if not found and not names:

@@ -13,7 +13,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cell_layout import CellShape
-from .cells import CacheSpace, Cell, SlotBytes, exchange
+from .cell_space import CacheSpace, SlotBytes
+from .cells import Cell, exchange
 from .errors import CapacityError, FlexGenError
 from .planning.budget import Need
 from .policy import Tier
@@ -44,7 +45,8 @@ class BlockCache(Cache):
         spans: rows of each micro-batch.
         homes: `homes(layer, batch)` is the tier of a cell.
         windows: for each layer its sliding window, or None.
-        capacity: tokens to allocate for.
+        capacity: tokens to allocate for; a cell of a sliding-window layer has room for its window only.
+        keeps_past: cells of sliding-window layers keep everything, too.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class BlockCache(Cache):
         homes: Callable[[int, int], Tier],
         windows: Sequence[int | None],
         capacity: int,
+        *,
+        keeps_past: bool = True,
     ) -> None:
         self.space, self.spans, self.capacity = space, list(spans), capacity
         #: columns of left padding that each micro-batch leaves out: its cells hold so many tokens fewer
@@ -63,7 +67,12 @@ class BlockCache(Cache):
         #: called before cells are touched outside a sweep; the executor sets it to wait for its lanes
         self.settle: Callable[[], None] = lambda: None
         self.children = [
-            MicroBatchCache([Cell(space, homes(layer, k), capacity, window) for layer, window in enumerate(windows)])
+            MicroBatchCache(
+                [
+                    Cell(space, homes(layer, k), capacity, window, keeps_past=keeps_past)
+                    for layer, window in enumerate(windows)
+                ]
+            )
             for k in range(len(self.spans))
         ]
         super().__init__(layers=[])
@@ -98,8 +107,13 @@ class BlockCache(Cache):
         for child in self.children:
             yield from child.cells
 
-    def preallocate(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def preallocate(self, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype) -> None:
         """Takes all homes before work starts, so that a tier that is too small refuses here.
+
+        Args:
+            key: heads and width of keys.
+            value: heads and width of values.
+            dtype: of compute.
 
         Raises:
             CapacityError: a tier or the disk is too small; the cache is closed then.
@@ -107,7 +121,7 @@ class BlockCache(Cache):
         try:
             for (start, end), child in zip(self.spans, self.children, strict=True):
                 for cell in child.cells:
-                    cell.allocate(end - start, (heads, head_dim), (heads, head_dim), dtype)
+                    cell.allocate(end - start, key, value, dtype)
         except BaseException:
             self.close()  # whoever handles the error may keep this object alive
             raise
@@ -185,6 +199,8 @@ class BlockCache(Cache):
         """Forgets the last `-tokens_to_remove` tokens of every row."""
         self.settle()
         for cell in self.cells():
+            cell.check_crop(tokens_to_remove)  # all, before one of them is cropped
+        for cell in self.cells():
             cell.crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -195,7 +211,10 @@ class BlockCache(Cache):
             cell.reset()
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: cells keep all tokens and can always be cropped."""
+        """From now on, cells keep all tokens, so that any number of these can be cropped."""
+        for cell in self.cells():
+            cell.keep_past()
+        self.reserve(self.capacity)
 
     def close(self) -> None:
         """Gives all memory and files back. Called when the cache is collected, at the latest."""
@@ -241,7 +260,8 @@ class Part(NamedTuple):
 class OpenBlock(BlockCache):
     """A block whose micro-batches come and go, each as far in its texts as it is: `children` are those of a sweep.
 
-    Whoever changes `children`, or the cells of one, has waited until no lane is busy with them.
+    Whoever changes `children`, or the cells of one, has waited until no lane is busy with them. Cells of sliding-window
+    layers keep everything: rows that are put together have windows of their own.
 
     Args:
         space: what the cells share; the block cache owns it.
@@ -294,7 +314,7 @@ class OpenBlock(BlockCache):
                 for source in sources:
                     source.discard()
             _allocate(cell, sum(len(part.rows) for part in parts), shape, may_sink=move)
-            cell.put(*(_right_aligned(rows, length) for rows in kept))
+            cell.put(_right_aligned(kept[0], length), _right_aligned(kept[1], length), 0)
 
     def discard(self, child: MicroBatchCache) -> None:
         """Gives back what a micro-batch's cells hold."""
@@ -342,9 +362,9 @@ def _largest(slots: Iterable[SlotBytes]) -> SlotBytes:
 
 def _rebuild(cells: Sequence[Cell], rows: Sequence[torch.Tensor]) -> None:
     """Gives cell k the rows `rows[k]` of all cells, one behind the other; it may have had another number of rows."""
-    pairs = [cell.get() for cell in cells]
+    pairs, dropped = [cell.get() for cell in cells], cells[0].dropped
     device = pairs[0][0].device
     keys, values = (torch.cat([pair[i].to(device) for pair in pairs], 1) for i in (0, 1))
     for cell, wanted in zip(cells, rows, strict=False):
         index = wanted.to(device)
-        cell.put(keys.index_select(1, index), values.index_select(1, index))
+        cell.put(keys.index_select(1, index), values.index_select(1, index), dropped)

@@ -7,22 +7,20 @@ model our class and an executor. One of the two files that touch transformers' l
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
 from huggingface_hub import cached_assets_path
-from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
@@ -30,28 +28,29 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from . import attention
-from .accounting import shape_of
-from .architectures import Structure, describe, is_tested
-from .cell_layout import kept_dtype
-from .checkpoints import (
-    CheckpointTensor,
-    index_files,
-    plan_shards,
-    planned_quantizing,
-    read_checkpoint,
-    source_fingerprint,
-    stores_of,
-    target_dtype,
-)
-from .errors import PolicyError, StoreError, UnsupportedModelError
+from .architectures import Structure, describe
+from .auto_policy import AutoPolicy, choices_of, read_hardware, read_workload, unbounded
+from .checkpoint_files import CheckpointTensor, index_files, source_fingerprint, stores_of
+from .checkpoints import plan_shards, planned_quantizing, read_checkpoint, target_dtype
+from .default_policy import default_policy
+from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
-from .modeling import attach
-from .planning.budget import Call, Demand, Limit, alternatives, difference, fits, rings_of, totals
-from .planning.placement import assign
-from .policy import Compression, Placement, Policy, Tier
+from .experts import find_mixtures
+from .families import is_tested
+from .modeling import attach, say
+from .placing import Placing, what_fits
+from .planning.budget import Limit, rings_of
+from .planning.cost import Workload
+from .planning.hardware import Hardware
+from .planning.plan import Freedom
+from .planning.search import Planner
+from .planning.shape import ModelShape
+from .policy import AUTO, Compression, Policy, Tier
+from .prequantized import METHOD, dequantizer, method_of
+from .profile_cache import hardware_here
 from .quantization.groupwise import GroupFormat
 from .storage.buffers import return_freed_memory
 from .storage.files import check_offload_folder
@@ -59,20 +58,21 @@ from .storage.ledger import Ledger
 from .storage.workspace import Workspace, default_device
 from .weights.format import FORMAT_VERSION, Manifest, TensorExtent
 from .weights.quantized import LAYOUT_VERSION, QuantizedExtent, Quantizing
-from .weights.store import StoredTensor, WeightStore
+from .weights.stacked import StackedExtent
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
 __all__ = ["METHOD", "register"]
 
-METHOD = "flexgen"
+_Extent = TensorExtent | QuantizedExtent | StackedExtent
 
 logger = logging.getLogger(__name__)
 
 # Of memory that nobody limited, this part is planned with: what is free now may be less in a moment.
 _PART_OF_FREE_MEMORY = 0.85
 
-# Without a policy, room is kept for prompts and answers of so many tokens together.
-_PLANNED_TOKENS = 512
+# The compression with which "auto" may choose one.
+_ANY = "any"
 
 
 def register() -> None:
@@ -91,13 +91,11 @@ def _let_load_time_win() -> None:
 
     @functools.wraps(merge)
     def merged(cls: Any, stored: Any, given: Any) -> Any:
-        if _method(given) != METHOD:
+        if method_of(given) != METHOD:
             return merge(cls, stored, given)
-        if _method(stored) != METHOD:
-            raise UnsupportedModelError(
-                f"the checkpoint is already quantized with {_method(stored)!r}, which this engine cannot stream; "
-                "load the 16-bit checkpoint it was made from"
-            )
+        if method_of(stored) != METHOD:
+            dequantizer(stored)  # refuses it by name, if it must be
+            return FlexGenConfig(**_options(given), stored=stored)
         wanted = {k: v for k, v in _options(given).items() if v is not None}
         kept = _options(stored)
         if "policy" in wanted:  # block sizes that are stored override the stored policy, not this one
@@ -105,11 +103,6 @@ def _let_load_time_win() -> None:
         return FlexGenConfig(**{**kept, **wanted})
 
     AutoHfQuantizer.merge_quantization_configs = classmethod(merged)  # type: ignore[method-assign,assignment]
-
-
-def _method(config: Any) -> str | None:
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    return getattr(method, "value", method)
 
 
 def _options(config: Any) -> dict[str, Any]:
@@ -121,17 +114,23 @@ class FlexGenConfig(QuantizationConfigMixin):
     """What `quantization_config={"quant_method": "flexgen", ...}` may hold; plain JSON values are enough.
 
     Args:
-        policy: a Policy, its dict, JSON text or file, or the original's six percentages; None fills the fastest tiers.
+        policy: a Policy, its dict, JSON text or file, the original's six percentages, or "auto"; None fills the fastest
+            tiers.
         batch_size: overrides the policy's.
         num_batches: overrides the policy's.
-        compression: a Compression, its dict or JSON, "4bit" (weights and cache), or None.
+        compression: a Compression, its dict or JSON, "4bit" (weights and cache), or None; with "auto" also "any".
         max_memory: bytes (or "14GiB") for 0 (the device), "cpu" and "disk".
         offload_folder: where cells and hidden states on disk go, and converted weights.
         device: where to compute; by default the accelerator, else the CPU.
+        hardware: with "auto", the machine: a Hardware's dict, a file or a preset; None measures this one, once.
+        workload: with "auto", `batch`, `prompt_len` and `max_new_tokens`, as far as they are known.
+        objective: with "auto", "throughput" (as if None), "latency" or "block".
+        deadline_s: of a block, with the objective "block".
         format_version: written into stores.
+        stored: what the checkpoint's own configuration says of how another method has quantized it.
 
     Raises:
-        PolicyError: an unknown option.
+        PolicyError: an unknown option, or one that belongs to "auto" without it.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917  one argument per key of the dict
@@ -143,19 +142,45 @@ class FlexGenConfig(QuantizationConfigMixin):
         max_memory: Mapping[Any, Any] | None = None,
         offload_folder: str | None = None,
         device: str | None = None,
+        hardware: Any = None,
+        workload: Mapping[str, Any] | None = None,
+        objective: str | None = None,
+        deadline_s: float | None = None,
         format_version: int | None = None,
+        stored: Any = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise PolicyError(
                 f"quantization_config: unknown option {sorted(unknown)[0]!r}; known are policy, batch_size, "
-                "num_batches, compression, max_memory, offload_folder, device"
+                "num_batches, compression, max_memory, offload_folder, device, hardware, workload, objective, "
+                "deadline_s"
             )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.policy, self.batch_size, self.num_batches = policy, batch_size, num_batches
         self.compression, self.max_memory = compression, max_memory
         self.offload_folder, self.device, self.format_version = offload_folder, device, format_version
+        self.stored = stored
+        self.hardware, self.workload, self.objective, self.deadline_s = hardware, workload, objective, deadline_s
+        for name in ("hardware", "workload", "objective", "deadline_s"):
+            if getattr(self, name) is not None and not self.is_auto:
+                raise PolicyError(f"{name}: it says what policy='auto' is to find; give that policy, or leave it out")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the policy is to be found."""
+        return isinstance(self.policy, str) and self.policy.strip() == AUTO
+
+    @property
+    def freedom(self) -> Freedom:
+        """What of a policy is to be found, but for its compression."""
+        return Freedom(
+            batch_size=self.batch_size,
+            num_batches=self.num_batches,
+            objective=self.objective or "throughput",
+            deadline_s=self.deadline_s,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json keeps: the method and the format. A policy belongs to a machine, not to a checkpoint."""
@@ -177,6 +202,25 @@ class FlexGenHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._tensors: list[StoredTensor] = []
         self._hook: Any = None
+        # transformers lets gguf_file= pass for this method only, and asks once, before it validates the environment
+        quantization_config.quant_method = QuantizationMethod.GGUF
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Nothing is missing that was not refused before."""
+        self.quantization_config.quant_method = METHOD  # type: ignore[assignment]
+
+    def read_header(self, gguf_file: str) -> None:
+        """Called for a GGUF file before its weights are looked at."""
+        if not Path(gguf_file).is_file():
+            raise StoreError(f"{gguf_file} is not there; check gguf_file=")
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """As transformers loads a GGUF file for which no type was asked."""
+        return torch.get_default_dtype() if dtype is None else dtype
+
+    def get_state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """Of a GGUF file: nothing that transformers would have to load."""
+        return {}
 
     @property
     def is_trainable(self) -> bool:
@@ -200,7 +244,7 @@ class FlexGenHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UnsupportedModelError("flexgen_hf loads checkpoints from files; a state_dict cannot be streamed")
         options = self.quantization_config
-        compression = _compression(options)
+        _check(options)
         self._structure = describe(model)
         if not is_tested(model.config.model_type):
             logger.warning(
@@ -214,6 +258,7 @@ class FlexGenHfQuantizer(HfQuantizer):
         folder = _offload_folder(options)
         with torch.device("cpu"):  # transformers calls this where new tensors would be made on "meta"
             found = read_checkpoint(model, files, dtype)
+            compression = self._compression = _compression(options, model, found)
             extents = _Checkpoint(self._structure, found, files, dtype or model.dtype).extents(compression, folder)
         self._tensors = [
             StoredTensor(name, self._structure.locate(name)[0], extent, target_dtype(model, name, dtype or model.dtype))
@@ -229,7 +274,7 @@ class FlexGenHfQuantizer(HfQuantizer):
         else:
             model._keys_to_ignore_on_load_unexpected = self._own_ignore
         self._tie(model)
-        build(model, self._structure, self._tensors, self.quantization_config)
+        build(model, self._structure, self._tensors, self._compression, self.quantization_config)
         return model
 
     def _tie(self, model: Any) -> None:
@@ -254,12 +299,42 @@ def _check_store(files: Sequence[Path]) -> None:
         Manifest.load(folder).check_files(folder)
 
 
-def _compression(options: FlexGenConfig) -> Compression:
-    """What is asked for by itself, or else by the policy."""
-    given = options.compression
-    if given is None and options.policy is not None:
-        given = _policy(options).compression
-    return Compression.of(given)
+def _check(options: FlexGenConfig) -> None:
+    """Reads what can be read without the model, so that what cannot be meant is refused at once."""
+    if options.is_auto:
+        Policy.from_dict({name: size for name, size in _block(options).items() if size is not None})
+        _ = options.freedom
+        if options.compression == _ANY:
+            return
+    elif options.policy is not None:
+        _policy(options)
+    Compression.of(options.compression)
+
+
+def _compression(options: FlexGenConfig, model: Any, found: Mapping[str, CheckpointTensor]) -> Compression:
+    """What is asked for by itself, or else by the policy, or chosen where any is allowed."""
+    if options.is_auto and options.compression == _ANY:
+        return _chosen_compression(options, model, found)
+    if options.compression is None and options.policy is not None and not options.is_auto:
+        return _policy(options).compression
+    return Compression.of(options.compression)
+
+
+def _chosen_compression(options: FlexGenConfig, model: Any, found: Mapping[str, CheckpointTensor]) -> Compression:
+    """The fastest one, by the sizes that the configuration tells; how weights are stored already is no choice."""
+    stored = next((t.quantized.format.bits for t in found.values() if t.quantized is not None), None)
+    device = _device(options)
+    limits, shared = _limits(options, device)
+    ledger = Ledger(limits, shared=shared)
+    planner = Planner(
+        _shape(model),
+        _hardware(options, device),
+        _workload(options, model),
+        dataclasses.replace(options.freedom, compressions=choices_of(stored), host_attention=_may_attend(model)),
+        limits=[*ledger.limits(), *_free_memory(ledger, device)],
+    )
+    chosen = planner.plan().policy.compression
+    return chosen if stored is None else Compression(cache=chosen.cache)
 
 
 class _Checkpoint:
@@ -270,7 +345,7 @@ class _Checkpoint:
     ) -> None:
         self._structure, self._found, self._files, self._dtype = structure, found, files, dtype
 
-    def extents(self, compression: Compression, folder: Path) -> dict[str, TensorExtent | QuantizedExtent]:
+    def extents(self, compression: Compression, folder: Path) -> dict[str, _Extent]:
         """Where each tensor's bytes lie. A checkpoint whose bytes do not lie in files as needed is converted once.
 
         Args:
@@ -284,15 +359,21 @@ class _Checkpoint:
         stored = {name: t.quantized.format for name, t in self._found.items() if t.quantized is not None}
         if stored and compression.of_weights:
             _refuse_other_formats({name: how.format for name, how in wanted.items()}, stored)
-        lying = {name: t.quantized or t.extent for name, t in self._found.items()}
+        apart = self._may_lie_apart()
+        lying: dict[str, _Extent | None] = {
+            name: t.quantized or t.extent or (t.stacked if name in apart else None) for name, t in self._found.items()
+        }
         extents = {name: extent for name, extent in lying.items() if extent is not None}
         if len(extents) == len(lying) and (stored or not wanted):
             return extents
         return self._converted(folder, wanted)
 
-    def _converted(
-        self, folder: Path, quantizing: Mapping[str, Quantizing]
-    ) -> dict[str, TensorExtent | QuantizedExtent]:
+    def _may_lie_apart(self) -> set[str]:
+        """The tensors of which each expert's matrix is used by itself, and its rows in several parts."""
+        mixtures = find_mixtures(self._structure.layers, self._structure.layers_name).values()
+        return {name for mixture in mixtures if not mixture.is_transposed for name in mixture.tensors}
+
+    def _converted(self, folder: Path, quantizing: Mapping[str, Quantizing]) -> dict[str, _Extent]:
         fingerprint = source_fingerprint(self._files)
         dtype = str(self._dtype).removeprefix("torch.")
         label = re.sub(r"\W+", "-", str(getattr(self._structure.model.config, "name_or_path", ""))).strip("-")[-60:]
@@ -302,7 +383,7 @@ class _Checkpoint:
         plans = plan_shards(self._structure, self._found, self._dtypes(bool(quantizing)), quantizing)
         write_store(out, plans, Origin(str(self._files[0].parent), None, dtype, fingerprint))
         shards = [out / shard.file for shard in Manifest.load(out).shards]
-        found = {name: t.quantized or t.extent for name, t in index_files(shards).items()}
+        found: dict[str, _Extent | None] = {n: t.quantized or t.extent for n, t in index_files(shards).items()}
         return {name: extent for name, extent in found.items() if extent is not None}
 
     def _dtypes(self, is_quantized: bool) -> dict[str, torch.dtype]:
@@ -337,198 +418,111 @@ def _refuse_other_formats(wanted: Mapping[str, GroupFormat], stored: Mapping[str
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
-def build(model: Any, structure: Structure, tensors: Sequence[StoredTensor], options: FlexGenConfig) -> None:
+def build(
+    model: Any,
+    structure: Structure,
+    tensors: Sequence[StoredTensor],
+    compression: Compression,
+    options: FlexGenConfig,
+) -> None:
     """Places the weights and gives the model an executor.
 
     Raises:
         CapacityError: the placement does not fit `max_memory`.
         PolicyError: the policy cannot be meant.
     """
-    device = _device(options)
+    device, folder = _device(options), _offload_folder(options)
     limits, shared = _limits(options, device)
     ledger = Ledger(limits, shared=shared)
-    given = _policy(options) if options.policy is not None else None
-    compression = _compression(options)
-    space = Workspace(ledger, device, _offload_folder(options), rings_of(given or Policy()))
-    if space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
+    given = None if options.policy is None or options.is_auto else _policy(options)
+    rings = rings_of(given or Policy())
+    placing = Placing(model, structure, tensors, Workspace(ledger, device, folder, rings), compression)
+    if placing.space.is_direct and any(limit.tiers != (Tier.DISK,) for limit in ledger.limits()):
         return_freed_memory()
     one_batch = (given.num_batches if given is not None else options.num_batches) == 1
-    place = functools.partial(_store, structure, tensors, space, one_batch=one_batch)
-    demand = _demand(model, structure, tensors, space, compression, place)
-    policy = given or _default_policy(demand, options, [*ledger.limits(), *_free_memory(ledger, device)], model.config)
+    memory = [*ledger.limits(), *_free_memory(ledger, device)]
+    auto = _auto(model, placing, options, memory, compression) if options.is_auto else None
+    if auto is not None:
+        policy = auto.plan.policy
+        rings, one_batch = rings_of(policy), policy.num_batches == 1
+    demand = placing.demand(rings, one_batch=one_batch)
+    if auto is None:
+        policy = given or default_policy(demand, options.batch_size, options.num_batches, memory, model.config)
     policy = policy.replace(compression=compression)
-    if policy.host_attention and not space.is_direct:  # on a CPU, cells on the host are attended to there anyway
-        attention.check_supported(model)
-        model.set_attn_implementation(attention.NAME)
-    elif demand.shape.attends_kept or (policy.num_batches > 1 and demand.shape.makes_masks_late):
-        model.set_attn_implementation(attention.NAME)
-    store = place(policy.weights)
-    ledger.check(store.needs, lambda: _what_fits(demand, policy, ledger.limits()))
+    attention.attend_for(model, policy, demand.shape, direct=placing.space.is_direct)
+    store = placing.store(policy.weights, rings, one_batch=one_batch)
+    ledger.check(store.needs, lambda: what_fits(demand, policy, ledger.limits()))
     if policy.cache.disk or policy.hidden.disk:
-        check_offload_folder(space.folder)
+        check_offload_folder(folder)
     try:
         store.load_homes()
     except BaseException:
         store.close()
         raise
-    attach(model, Executor(model, structure, store, policy, space), demand)
+    executor = Executor(model, structure, store, policy, placing.within(rings), placing.mixtures)
+    attach(model, executor, demand, auto)
 
 
-def _store(
-    structure: Structure, tensors: Sequence[StoredTensor], space: Workspace, placement: Placement, *, one_batch: bool
-) -> WeightStore:
-    """The weights as they would be placed; nothing is read or allocated yet."""
-    tables = structure.tables({t.name for t in tensors})
-    streamable = {t.name for t in tensors if 0 < t.stage < structure.head_stage or t.name in tables}
-    fixed = {t.name: Tier.DEVICE for t in tensors if t.name not in streamable}
-    homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
-    return WeightStore(
-        _at_tables(_cast_late(tensors, structure, homes, tables, one_batch) if space.is_direct else tensors, tables),
-        homes,
-        num_stages=structure.num_stages,
-        tied=_is_tied(structure),
-        space=space,
-    )
+def _auto(
+    model: Any, placing: Placing, options: FlexGenConfig, memory: Sequence[Limit], compression: Compression
+) -> AutoPolicy:
+    """The plan to load with, said in a line on stderr."""
+    space = placing.space
+    freedom = dataclasses.replace(options.freedom, compressions=(compression,), host_attention=_may_attend(model))
+    limits = list(memory)
+    if not any(Tier.DISK in limit.tiers for limit in limits):
+        # what is streamed lies there already
+        room = int(_PART_OF_FREE_MEMORY * _free_disk(space.folder)) + sum(t.stored_bytes for t in placing.tensors)
+        limits.append(Limit((Tier.DISK,), room, "free disk"))
+    auto = AutoPolicy(_shape(model), _hardware(options, space.device), freedom, limits, placing)
+    workload = _workload(options, model)
+    is_eager = getattr(model.config, "_attn_implementation", None) == "eager"
+    for warning in auto.choose(workload, eager=is_eager).warnings:
+        logger.warning("policy='auto': %s", warning)
+    say(auto.said(workload))
+    return auto
 
 
-def _demand(
-    model: Any,
-    structure: Structure,
-    tensors: Sequence[StoredTensor],
-    space: Workspace,
-    compression: Compression,
-    place: Callable[[Placement], WeightStore],
-) -> Demand:
-    """What the model takes of each tier under any policy with the same rings."""
-    tables = structure.tables({t.name for t in tensors})
-    casts_head = space.is_direct and any(t.is_cast for t in tensors if t.name in tables)
-    dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
-    hidden = int(model.config.get_text_config(decoder=True).hidden_size)
-    inner: collections.Counter[int] = collections.Counter()
-    for tensor in tensors:
-        stage, part = structure.locate(tensor.name)
-        if 0 < stage < structure.head_stage and part == "mlp" and len(tensor.extent.shape) == 2:
-            inner[stage] += math.prod(tensor.extent.shape) // hidden
-    shape = shape_of(model.config, max(inner.values(), default=0), dtype, compression, casts_head)
-    is_plain = model.config._attn_implementation == "sdpa" and attention.why_not_supported(model) is None
-    attends_kept = (
-        space.is_direct and is_plain and structure.hands_states_on and kept_dtype(dtype, compression) is torch.uint8
-    )
-    shape = dataclasses.replace(
-        shape, makes_masks_late=is_plain, reads_once=structure.reads_once, attends_kept=attends_kept
-    )
-    return Demand(
-        shape,
-        functools.lru_cache(maxsize=64)(lambda placement: place(placement).needs),
-        direct=space.is_direct,
-        pinned=space.is_asynchronous,
-    )
+def _workload(options: FlexGenConfig, model: Any) -> Workload:
+    settings = getattr(model, "generation_config", None)
+    usual = getattr(settings, "max_new_tokens", None)
+    return read_workload(options.workload, model.config, usual, options.freedom.objective)
 
 
-def _what_fits(demand: Demand, policy: Policy, limits: Sequence[Limit]) -> str:
-    """The end of a refusal to load: the largest shares of weights that fit."""
-    found = alternatives(policy, lambda other: fits(totals(demand.weights(other.weights)), limits), blocks=False)
-    return f"; fits with {difference(policy, found[0])}" if found else "; no placement of the weights fits"
+def _hardware(options: FlexGenConfig, device: torch.device) -> Hardware:
+    """The machine that was given, or this one as it was measured, without what was free then."""
+    if options.hardware is not None:
+        return read_hardware(options.hardware, direct=device.type == "cpu")
+    return unbounded(hardware_here(device, _offload_folder(options), say))
 
 
-def _at_tables(tensors: Sequence[StoredTensor], tables: Mapping[str, int]) -> list[StoredTensor]:
-    return [dataclasses.replace(t, stage=tables[t.name]) if t.name in tables else t for t in tensors]
+def _may_attend(model: Any) -> bool:
+    """Whether attention on the host may be chosen."""
+    return attention.why_not_supported(model) is None and attention.is_replaceable(model)
 
 
-def _cast_late(
-    tensors: Sequence[StoredTensor],
-    structure: Structure,
-    homes: Mapping[str, Tier],
-    tables: Mapping[str, int],
-    one_batch: bool,
-) -> list[StoredTensor]:
-    """Keeps in their stored dtype, or in codes, what the executor casts or dequantizes where it is used, tile by tile.
+def _shape(model: Any) -> ModelShape:
+    """A model's shape, computed in the dtype that it was loaded in.
 
-    Of the tables, a whole copy in the dtype of compute would be the largest buffer of all. A layer's matrices are
-    used in this way if there is one micro-batch: a tile that stays in the processor's cache costs less than a copy
-    that is written to memory and read back. With more of them, one copy made on the way serves all.
-    Only plain modules allow it: one that computes more with its weight (scales it, say) must see the right dtype.
+    Raises:
+        UnsupportedModelError: it cannot be planned for.
     """
-    model: Any = structure.model
-    plain = type(model.get_input_embeddings()) is nn.Embedding and type(model.get_output_embeddings()) is nn.Linear
-    late = {name for name in tables if plain}
-    if one_batch:
-        for index, layer in enumerate(structure.layers):
-            prefix = f"{structure.layers_name}.{index}"
-            late |= {f"{prefix}.{name}.weight" for name, part in layer.named_modules() if type(part) is nn.Linear}
-    found = []
-    for tensor in tensors:
-        if tensor.name in late - tables.keys() and tensor.is_quantized:
-            tensor = dataclasses.replace(tensor, is_late=True)  # noqa: PLW2901
-        elif tensor.name in late and tensor.is_cast and homes.get(tensor.name, Tier.DEVICE) is not Tier.DEVICE:
-            tensor = dataclasses.replace(tensor, dtype=tensor.stored_dtype, is_late=True)  # noqa: PLW2901
-        found.append(tensor)
-    return found
-
-
-def _is_tied(structure: Structure) -> bool:
-    model: Any = structure.model
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and embedding is not None and head.weight is embedding.weight
+    config = model.config.get_text_config(decoder=True)
+    try:
+        shape = ModelShape.from_config(config.to_dict(), name=type(model).__name__)
+        shape = shape.in_dtype(str(model.dtype).removeprefix("torch."))
+    except FlexGenError as error:
+        raise UnsupportedModelError(f"policy='auto': {error}; give a policy") from error
+    is_plain = attention.why_not_supported(model) is None
+    return dataclasses.replace(shape, attends_plainly=is_plain)
 
 
 def _policy(options: FlexGenConfig) -> Policy:
-    fields = {"batch_size": options.batch_size, "num_batches": options.num_batches}
-    if options.policy == "auto":
-        raise PolicyError("policy='auto' is not available in this version; give a Policy, or leave it out")
-    return Policy.of(options.policy, **{k: v for k, v in fields.items() if v is not None})
+    return Policy.of(options.policy, **{k: v for k, v in _block(options).items() if v is not None})
 
 
-def _default_policy(demand: Demand, options: FlexGenConfig, limits: Sequence[Limit], config: Any) -> Policy:
-    """Weights fill the fastest tiers first; cache and hidden states stay on the device if the weights do.
-
-    Room is kept for everything else that the block needs for `_PLANNED_TOKENS` tokens: cache, slots, what compute
-    takes. Where even weights on disk leave too little, the block becomes smaller, unless its shape was asked for.
-    """
-    text = config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or _PLANNED_TOKENS
-    tokens = min(_PLANNED_TOKENS, longest)
-    memory = [limit for limit in limits if Tier.DISK not in limit.tiers]  # the disk's own limit is refused by itself
-
-    def fit(policy: Policy) -> bool:
-        return fits(demand.peak(policy, Call(policy.block_size, tokens, tokens)), memory)
-
-    for size in _halved(options.batch_size, 8):
-        whole = Policy(batch_size=size, num_batches=options.num_batches or 1)
-        if fit(whole):
-            return whole
-    near = Placement.all_on(Tier.DEVICE if demand.direct else Tier.HOST)
-    blocks = [(size, number) for size in _halved(options.batch_size, 8) for number in _halved(options.num_batches, 4)]
-    policy = Policy(weights=Placement(disk=1.0), cache=near, hidden=near)
-    for size, number in blocks:
-        policy = policy.replace(batch_size=size, num_batches=number)
-        if fit(policy):
-            break
-    for tier in (Tier.DEVICE, Tier.HOST):
-        if tier is Tier.HOST and not any(limit.tiers == (Tier.HOST,) for limit in memory):
-            continue  # one memory with the device, where resident weights are the ones that cost no casts
-        policy = _filled(policy, tier, fit)
-    return policy
-
-
-def _halved(given: int | None, first: int) -> list[int]:
-    """What was asked for, or `first` and its halves."""
-    return [given] if given is not None else [first >> step for step in range(first.bit_length())]
-
-
-def _filled(policy: Policy, tier: Tier, fit: Callable[[Policy], bool]) -> Policy:
-    """The policy with as many thousandths of its weights as fit on `tier`, taken from the disk."""
-    shares = policy.weights.to_dict()
-    there, most = 0, int(shares["disk"] * 1000)
-    while there < most:
-        middle = (there + most + 1) // 2
-        trial = Placement(**{**shares, tier.value: middle / 1000, "disk": shares["disk"] - middle / 1000})
-        if fit(policy.replace(weights=trial)):
-            there = middle
-        else:
-            most = middle - 1
-    taken = {**shares, tier.value: there / 1000, "disk": shares["disk"] - there / 1000}
-    return policy.replace(weights=Placement(**taken))
+def _block(options: FlexGenConfig) -> dict[str, int | None]:
+    return {"batch_size": options.batch_size, "num_batches": options.num_batches}
 
 
 def _free_memory(ledger: Ledger, device: torch.device) -> list[Limit]:
@@ -543,8 +537,14 @@ def _free_memory(ledger: Ledger, device: torch.device) -> list[Limit]:
     return [
         Limit(tiers, int(size * _PART_OF_FREE_MEMORY), "free memory")
         for tiers, size in rooms
-        if not limited & set(tiers)
+        if not limited & set(tiers) and size  # of a device that does not say how much it has, nothing is known
     ]
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _device(options: FlexGenConfig) -> torch.device:
@@ -564,11 +564,7 @@ def _limits(options: FlexGenConfig, device: torch.device) -> tuple[dict[Tier, in
     """
     limits: dict[Tier, int] = {}
     for key, size in (options.max_memory or {}).items():
-        tier = {"cpu": Tier.HOST, "host": Tier.HOST, "disk": Tier.DISK, "device": Tier.DEVICE}.get(str(key))
-        if tier is None and str(key).isdigit():
-            tier = Tier.DEVICE
-        if tier is None:
-            raise PolicyError(f"max_memory: {key!r} is no tier; use 0 (the device), 'cpu' and 'disk'")
+        tier = Tier.of(key)
         try:
             limits[tier] = convert_file_size_to_int(size)
         except (ValueError, TypeError) as error:

@@ -7,8 +7,10 @@ otherwise go wrong in silence. One of the two files that touch transformers' les
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,30 +18,36 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
 from . import attention
-from .accounting import Account, cache_geometry
-from .cells import CacheSpace
-from .checkpoints import CheckpointTensor, plan_shards, source_fingerprint
+from .accounting import Account, cache_geometry, windows_of
+from .auto_policy import AutoPolicy
+from .cell_space import CacheSpace
+from .checkpoint_files import CheckpointTensor, source_fingerprint
+from .checkpoints import plan_shards
 from .continuous.engine import LEAST_SHARED, ContinuousBatches, Engine
 from .continuous.texts import TextCache, TextRequest, Written, current_text
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .fixed_weights import FixedWeights
+from .gguf_files import refuse_missing_reader
 from .kv_cache import BlockCache, OpenBlock, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
-from .planning.budget import Demand
+from .planning.budget import Demand, rings_of
+from .planning.cost import Workload
+from .planning.hardware import Hardware
 from .planning.placement import assign
+from .planning.plan import Plan
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport
-from .weights.store import StoredTensor
+from .rotary import FurthestPosition
+from .weights.tensors import StoredTensor
 from .weights.writer import Origin, write_store
 
-__all__ = ["FlexGenForCausalLM", "attach"]
+__all__ = ["FlexGenForCausalLM", "attach", "say"]
 
 
 class FlexGenForCausalLM(FixedWeights):
@@ -55,8 +63,12 @@ class FlexGenForCausalLM(FixedWeights):
     generation_config: Any
     #: whether `generate` shows a progress bar on stderr; set it on a model, or here for all of them
     show_progress: bool = False
+    #: whether `policy="auto"` says on stderr, in a line, what it found; set it here before a model is loaded
+    show_plan: bool = True
     _executor: Executor
     _account: Account
+    _furthest: FurthestPosition
+    _auto: AutoPolicy | None
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("use FlexGenForCausalLM.from_pretrained(...)")
@@ -73,18 +85,26 @@ class FlexGenForCausalLM(FixedWeights):
         device: str | torch.device | None = None,
         batch_size: int | None = None,
         num_batches: int | None = None,
+        hardware: Hardware | dict[str, Any] | str | Path | None = None,
+        workload: dict[str, int | None] | None = None,
+        objective: str | None = None,
+        deadline_s: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads a model from the Hub, a local folder, or a converted store.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder, as transformers takes it.
-            policy: a `Policy`, its dict, JSON text or file, or six percentages; None fills the fastest tiers first.
+            pretrained_model_name_or_path: Hub id or folder, as transformers takes it; or a local `.gguf` file.
+            policy: a `Policy`, its dict, JSON text or file (what `flexgen-hf plan --json` writes is one), six
+                percentages, or `"auto"`, which finds the best one for this machine, the model, `max_memory` and the
+                workload, and then for what `generate` is asked (see `plan`); None fills the fastest tiers first.
             compression: a `Compression`, its dict or JSON, or `"4bit"` for weights and cache. With `weights` (or
                 `tables`, or `patterns`), a checkpoint that is not quantized is converted once into `offload_folder`; a
                 quantized store needs none, and refuses another one. With `cache=4` (or 2, 3, 8), keys and values are
                 kept in groups along head_dim, each with a scale and a minimum of 16 bits; with `cache=16` in float16
-                where compute uses float32. Values above 65504 are refused in groups, and overflow in float16.
+                where compute uses float32. Values above 65504 are refused in groups, and overflow in float16. With
+                `policy="auto"`, `"any"` leaves it to the search whether weights, or the cache, go into 4 bits; where
+                nothing is said, nothing is compressed and tokens are those of transformers.
             max_memory: the most each tier may hold, e.g. `{0: "14GiB", "cpu": "180GiB", "disk": "1TiB"}`; 0 is the
                 device. On a machine without accelerator "cpu" limits device and host together, and the C library is
                 told to return freed memory to the system.
@@ -92,7 +112,14 @@ class FlexGenForCausalLM(FixedWeights):
             device: where to compute; by default the accelerator, else the CPU.
             batch_size: overrides the policy's.
             num_batches: overrides the policy's.
-            kwargs: everything else that transformers' `from_pretrained` takes (dtype, revision, token, ...).
+            hardware: for `"auto"`, the machine: a `Hardware`, a file that `flexgen-hf profile` wrote, or a preset; by
+                default this one, which is measured once and kept in Hugging Face's cache of assets.
+            workload: for `"auto"`, what is to be generated, as far as it is known: `batch` (prompts; None for as many
+                as are fastest), `prompt_len` and `max_new_tokens`. By default 32 prompts, 384 and 128 tokens.
+            objective: for `"auto"`, `"throughput"`, `"latency"` (the shortest time), or `"block"` (the largest block
+                that ends within `deadline_s`).
+            deadline_s: seconds, for `"block"`.
+            kwargs: everything else that transformers' `from_pretrained` takes (dtype, revision, token, gguf_file, ...).
 
         Raises:
             PolicyError: an option that cannot be meant.
@@ -103,6 +130,10 @@ class FlexGenForCausalLM(FixedWeights):
         options = {
             "quant_method": "flexgen",
             "policy": policy.to_dict() if isinstance(policy, Policy) else policy,
+            "hardware": hardware.to_dict() if isinstance(hardware, Hardware) else hardware,
+            "workload": workload,
+            "objective": objective,
+            "deadline_s": deadline_s,
             "compression": compression.to_dict() if isinstance(compression, Compression) else compression,
             "max_memory": max_memory,
             "offload_folder": None if offload_folder is None else str(offload_folder),
@@ -113,6 +144,11 @@ class FlexGenForCausalLM(FixedWeights):
         if kwargs.pop("quantization_config", None) is not None:
             raise PolicyError("quantization_config: pass policy=, compression= and max_memory= themselves")
         kwargs["quantization_config"] = {name: value for name, value in options.items() if value is not None}
+        path = Path(pretrained_model_name_or_path)
+        if path.suffix == ".gguf" and path.is_file():
+            pretrained_model_name_or_path, kwargs["gguf_file"] = path.parent, path.name
+        if kwargs.get("gguf_file") is not None:
+            refuse_missing_reader()
         try:
             model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:  # transformers looks for the dtype before we check the files
@@ -132,6 +168,14 @@ class FlexGenForCausalLM(FixedWeights):
     def policy(self) -> Policy:
         """The policy in force."""
         return self._executor.policy
+
+    @property
+    def plan(self) -> Plan | None:
+        """What `policy="auto"` found: the policy, what is predicted of it, why, and what else there was; else None.
+
+        At first for the workload that was declared, after `generate` for what that was asked to do.
+        """
+        return None if self._auto is None else self._auto.plan
 
     @property
     def last_run(self) -> RunReport | None:
@@ -169,11 +213,13 @@ class FlexGenForCausalLM(FixedWeights):
         call = by_name(whole, args, kwargs)
         with torch.no_grad(), self._executor.session() as report:
             settings = self._settings(whole, call)
+            self._plan_for(call, settings)
             # Prompts of one length together: what of their padding is common is left out.
             order = longest_first(call, settings) if self._executor.structure.numbers_tokens_by_mask else None
             call = call if order is None else in_order(call, order)
             prompts = self._prompts_per_block(call, settings)
-            account = self._account.generation(may_be_cut=may_be_cut(call, settings), tokens=prompt_tokens(call))
+            is_cut = may_be_cut(call, settings) and not self._furthest.is_needed
+            account = self._account.generation(may_be_cut=is_cut, tokens=prompt_tokens(call))
             with account, self._progress(report, call, settings, prompts) as shown:
                 # What is returned gets no name: an error of the last transfers would keep it, and its cache, alive.
                 if prompts is not None:
@@ -210,7 +256,12 @@ class FlexGenForCausalLM(FixedWeights):
             StepError: something could not be moved.
             UnsupportedModelError: a model that cannot be run in this way.
         """
-        windows = _windows(self.config)
+        if self._furthest.is_needed:
+            raise UnsupportedModelError(
+                f"generate_each: {type(self).__name__} turns tokens by an angle that depends on the longest text "
+                "beside them, so texts cannot be computed together; call generate for one prompt at a time"
+            )
+        windows = windows_of(self.config)
         places = [((layer, place), 1) for layer in range(len(windows)) for place in range(self.policy.num_batches)]
         homes = assign(places, self.policy.cache)
         block = OpenBlock(self._cache_space(), lambda layer, place: homes[layer, place], windows)
@@ -223,6 +274,42 @@ class FlexGenForCausalLM(FixedWeights):
             context=getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None),
         )
         return ContinuousBatches(engine, window, least_shared, on_sweep).run(requests)
+
+    def _plan_for(self, call: dict[str, Any], settings: GenerationConfig) -> None:
+        """With `policy="auto"`, goes on with the policy that is best for a call; a given cache has its own blocks."""
+        auto, executor, width = self._auto, self._executor, prompt_tokens(call)
+        if auto is None or executor.is_busy or width is None or call.get("past_key_values") is not None:
+            return
+        prompts = next(iter(row_inputs(call).values()), call.get("inputs_embeds"))
+        assert prompts is not None
+        length = max(width + 1, self._longest(call, settings, width)) - 1
+        asked = self._account.generated(settings, call, prompts.shape[0], length, width)
+        is_assisted = bool(settings.is_assistant or settings.prompt_lookup_num_tokens or call.get("assistant_model"))
+        is_cut = may_be_cut(call, settings) and not self._furthest.is_needed
+        asked = dataclasses.replace(asked, may_be_cut=is_cut, keeps_past=is_assisted)
+        workload = Workload(width, length + 1 - width, asked.rows)
+        before, can_attend = self.policy, attention.is_replaceable(self)
+        is_moved = auto.choose_again(asked, workload, self._account.held_by_others(), host_attention=can_attend)
+        policy = auto.plan.policy
+        if policy == before and not is_moved:
+            return
+        rings, placing = rings_of(policy), auto.placing
+        place = functools.partial(placing.store, policy.weights, rings, one_batch=policy.num_batches == 1)
+        executor.adopt(policy, place if is_moved else None)
+        self._account.adopt(policy, placing.demand(rings, one_batch=auto.one_batch))
+        if can_attend:
+            attention.attend_for(self, policy, placing.sizes, direct=executor.space.is_direct)
+        say(auto.said(workload))
+
+    def _longest(self, call: dict[str, Any], settings: GenerationConfig, width: int) -> int:
+        """Tokens that a row of a call can get, by transformers' rules."""
+        if settings.max_new_tokens is not None:
+            return width + int(settings.max_new_tokens)
+        given = (call.get("generation_config"), self.generation_config)
+        if call.get("max_length") or any(getattr(one, "max_length", None) is not None for one in given):
+            return int(settings.max_length)
+        longest = getattr(self.config, "max_position_embeddings", None)
+        return min(width + int(settings.max_length), longest or sys.maxsize)
 
     @contextlib.contextmanager
     def _progress(
@@ -255,7 +342,7 @@ class FlexGenForCausalLM(FixedWeights):
 
     def _prompts_per_block(self, call: dict[str, Any], settings: GenerationConfig) -> int | None:
         """How many prompts fill a block, or None if the call is not to be cut."""
-        if not may_be_cut(call, settings):
+        if self._furthest.is_needed or not may_be_cut(call, settings):
             return None
         rows = row_inputs(call)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
@@ -287,7 +374,9 @@ class FlexGenForCausalLM(FixedWeights):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, length
             )
-        self._account.enter_generation(generation_config, model_kwargs, batch_size, length)
+        # candidates that turn out wrong are taken back, and then what was out of a window is in it again
+        takes_back = generation_mode is GenerationMode.ASSISTED_GENERATION or bool(generation_config.is_assistant)
+        self._account.enter_generation(generation_config, model_kwargs, batch_size, length, keeps_past=takes_back)
         if isinstance(given, BlockCache):
             given.reserve(length)
         if given is not None or generation_config.use_cache is False:
@@ -295,7 +384,7 @@ class FlexGenForCausalLM(FixedWeights):
             return prepare(generation_config, model_kwargs, generation_mode, batch_size, length)
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         beams = generation_config.num_beams or 1
-        cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams)
+        cache = self._make_cache(batch_size * copies, length, whole_groups_of=beams, keeps_past=takes_back)
         cache.may_leave_padding = (
             self._executor.structure.numbers_tokens_by_mask
             and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -304,15 +393,20 @@ class FlexGenForCausalLM(FixedWeights):
         model_kwargs["past_key_values"] = cache
         return None
 
-    def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1) -> BlockCache:
+    def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1, *, keeps_past: bool = True) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
         policy = self.policy
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
-        windows = _windows(self.config)
+        windows = windows_of(self.config)
         homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
         cache = BlockCache(
-            self._cache_space(), spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity)
+            self._cache_space(),
+            spans,
+            lambda layer, batch: homes[layer, batch],
+            windows,
+            max(1, capacity),
+            keeps_past=keeps_past,
         )
         if (geometry := cache_geometry(self.config)) is not None:
             cache.preallocate(*geometry, self.dtype)
@@ -352,7 +446,7 @@ class FlexGenForCausalLM(FixedWeights):
         if not kwargs.get("is_main_process", True):
             return
         out, stored = Path(save_directory).resolve(), self._executor.weights.stored
-        files = {tensor.extent.file for tensor in stored}
+        files = {part.file for tensor in stored for part in tensor.parts}
         if any(out in file.resolve().parents for file in files):
             raise ConversionError(f"the model is loaded from {str(out)!r}; save it to another folder")
         tensors = {tensor.name: CheckpointTensor.of_stored(tensor.extent, self.dtype) for tensor in stored}
@@ -389,7 +483,8 @@ class FlexGenForCausalLM(FixedWeights):
             blocks = cache if isinstance(cache, BlockCache) else None
             bodies = self._bodies(plain, given, spans, tokens)
             keep = wants(given, self.config, "output_hidden_states")
-            outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
+            with self._furthest.among(given):
+                outputs = self._executor.run(bodies, blocks, rows=rows, tokens=tokens, keep_hidden=keep)
             if is_alone:
                 self._executor.settle()  # what is refused below would stop what is on its way to the cache
             output = self._put_together(outputs, given, strict=is_alone)
@@ -467,7 +562,13 @@ class FlexGenForCausalLM(FixedWeights):
         return output
 
 
-def attach(model: Any, executor: Executor, demand: Demand) -> None:
+def say(line: str) -> None:
+    """A line on stderr about a plan, unless `FlexGenForCausalLM.show_plan` is off."""
+    if FlexGenForCausalLM.show_plan:
+        sys.stderr.write(f"flexgen_hf: {line}\n")
+
+
+def attach(model: Any, executor: Executor, demand: Demand, auto: AutoPolicy | None = None) -> None:
     """Gives `model` a class that is both its own and `FlexGenForCausalLM`."""
     plain = type(model)
     signature = inspect.signature(plain.forward)
@@ -481,8 +582,10 @@ def attach(model: Any, executor: Executor, demand: Demand) -> None:
     names = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
     model.__class__ = type(plain.__name__, (FlexGenForCausalLM, plain), names)
     object.__setattr__(model, "_executor", executor)
+    object.__setattr__(model, "_auto", auto)
     account = Account(model.config, demand, executor.policy, executor.space.ledger, signature.parameters)
     object.__setattr__(model, "_account", account)
+    object.__setattr__(model, "_furthest", FurthestPosition(model))
 
 
 def _short(value: Any) -> str:
@@ -495,8 +598,3 @@ def _pad_token(settings: GenerationConfig) -> int:
     if isinstance(pad, torch.Tensor):
         pad = pad.flatten().tolist()
     return int((pad[0] if isinstance(pad, (list, tuple)) else pad) or 0)
-
-
-def _windows(config: Any) -> list[int | None]:
-    """For each layer the length of its sliding window, or None, as transformers' own cache would have it."""
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]

@@ -42,6 +42,11 @@ class ParameterTable:
                     self._placeholders[name] = self._placeholders[f"{prefix}.{key}" if prefix else key] = value
         self._installed: dict[int, list[str]] = {}
         self._resident: list[str] = []
+        self._left_out: set[int] = set()
+
+    def leave_out(self, placeholders: Iterable[nn.Parameter]) -> None:
+        """Says which of the model's own parameters no tensor will ever be put in place of."""
+        self._left_out = set(map(id, placeholders))
 
     def install_resident(self, weights: WeightStore, model: nn.Module, device: torch.device) -> None:
         """Puts the tensors whose home is the device in for good, and moves computed buffers there."""
@@ -96,7 +101,7 @@ class ParameterTable:
         """
         for module in modules:
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if tensor.device.type == "meta":
+                if tensor.device.type == "meta" and id(tensor) not in self._left_out:
                     raise RuntimeError(f"{where}: {name} has no weights when it is about to run")
 
     def _put(self, name: str, value: Any) -> None:

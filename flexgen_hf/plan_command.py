@@ -16,8 +16,9 @@ from .errors import PolicyError, StoreError
 from .planning.cost import Prediction, Workload
 from .planning.hardware import Hardware
 from .planning.original import PUBLISHED, Comparison, compare
+from .planning.plan import OBJECTIVES, Freedom, Plan
 from .planning.presets import hardware_of, preset
-from .planning.search import OBJECTIVES, Freedom, Plan, Planner
+from .planning.search import COMPRESSIONS, Planner
 from .planning.shape import ModelShape, read_config
 from .policy import Compression, Policy, Tier
 
@@ -26,8 +27,6 @@ __all__ = ["compressions_of", "plan_command", "shape_of_model"]
 _Dtype = Literal["float16", "bfloat16", "float32"]
 _Objective = Literal["throughput", "latency", "block"]
 assert set(_Objective.__args__) == set(OBJECTIVES)  # type: ignore[attr-defined]
-
-_MAX_MEMORY = {"0": Tier.DEVICE, "device": Tier.DEVICE, "cpu": Tier.HOST, "host": Tier.HOST, "disk": Tier.DISK}
 
 
 def plan_command(  # noqa: PLR0913, PLR0917  a command's options are its parameters
@@ -160,7 +159,7 @@ def compressions_of(text: str) -> tuple[Compression, ...]:
         PolicyError: something else.
     """
     if text == "any":
-        return (Compression(), Compression(cache=4), Compression(weights=4), Compression(weights=4, cache=4))
+        return COMPRESSIONS
     return (Compression.of(None if text == "none" else text),)
 
 
@@ -171,7 +170,7 @@ def _limited(hardware: Hardware, max_memory: str | None) -> Hardware:
     for tier, size in parse_max_memory(max_memory, "--max-memory").items():
         if size.weights:
             raise PolicyError(f"--max-memory: {tier}: a share of the weights is not known here; give the size in bytes")
-        limits[_MAX_MEMORY[tier]] = size.nbytes
+        limits[Tier.of(tier)] = size.nbytes
     shared = limits.get(Tier.HOST) if hardware.unified else None
     return hardware.within(limits, shared)
 
@@ -184,7 +183,7 @@ def _table(plan: Plan, shape: ModelShape, hardware: Hardware, workload: Workload
     yield f"workload    {workload.prompt_len} + {workload.gen_len} tokens, block of {made.rows} sequences"
     yield f"policy      {plan.policy}"
     if plan.policy.compression:
-        yield f"compression weights {plan.policy.compression.weights} bits, cache {plan.policy.compression.cache} bits"
+        yield f"compression {plan.policy.compression}"
     yield f"predicted   {made.tokens_per_s:.2f} token/s: prefill {made.prefill_s:.1f} s, decode {made.decode_s:.1f} s"
     yield f"bottleneck  {made.bottleneck}"
     yield from _lanes(made)

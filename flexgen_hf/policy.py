@@ -18,7 +18,10 @@ from typing import Any, TypeVar
 
 from .errors import PolicyError
 
-__all__ = ["Compression", "Placement", "Policy", "Tier"]
+__all__ = ["AUTO", "Compression", "Placement", "Policy", "Tier"]
+
+#: what stands for the policy that is to be found
+AUTO = "auto"
 
 _T = TypeVar("_T")
 
@@ -32,6 +35,21 @@ class Tier(str, enum.Enum):
 
     def __str__(self) -> str:
         return self.value
+
+    @classmethod
+    def of(cls, name: Any) -> Tier:
+        """The tier that a key of `max_memory` names: a number is the device, as is `"device"`, `"cpu"` is the host.
+
+        Raises:
+            PolicyError: no tier has this name.
+        """
+        text = str(name)
+        if text.isdecimal():
+            return cls.DEVICE
+        try:
+            return cls("host" if text == "cpu" else text)
+        except ValueError:
+            raise PolicyError(f"max_memory: {name!r} is no tier; use 0 (the device), 'cpu' and 'disk'") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +182,11 @@ class Compression:
     def of_weights(self) -> bool:
         """Whether any weights may be quantized."""
         return any(bits is not None for bits in (self.weights, self.tables, *dict(self.patterns).values()))
+
+    @property
+    def groups_cache(self) -> bool:
+        """Whether keys and values are kept in groups; in 16 bit they are only cast."""
+        return self.cache in _WIDTHS
 
     def bits(self, name: str, otherwise: int | None) -> int | None:
         """The width of a matrix: that of the first pattern that fits its name, or what is given for all."""

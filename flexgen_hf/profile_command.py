@@ -19,6 +19,9 @@ def profile_command(
     offload_folder: Annotated[
         Path, typer.Option(help="Folder of the disk tier, whose disk is measured.", file_okay=False)
     ] = Path(),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch's arithmetic.", show_default="torch's choice")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where models compute.", show_default="the accelerator, else cpu")
     ] = None,
@@ -33,6 +36,8 @@ def profile_command(
         chosen = default_device() if device is None else torch.device(device)
     except RuntimeError as error:
         raise PolicyError(f"--device: torch knows no {device!r}; leave it out") from error
+    if threads is not None:
+        torch.set_num_threads(threads)
     text = measure(chosen, offload_folder, lambda what: typer.echo(f"measuring {what}", err=True)).to_json()
     if output is None:
         typer.echo(text)

@@ -30,7 +30,8 @@ from .policy import Compression
 from .storage.ledger import gib
 from .weights.pieces import read_extent
 from .weights.quantized import QuantizedExtent
-from .weights.store import StoredTensor
+from .weights.stacked import StackedExtent
+from .weights.tensors import StoredTensor
 
 __all__ = [
     "STORED",
@@ -429,7 +430,8 @@ def _reference_of(tensor: StoredTensor, reference: Mapping[str, StoredTensor]) -
             f"{tensor.extent.file} holds {tensor.name} of shape {tensor.extent.shape}, but the model has {has}; "
             "give the checkpoint that the store was made from"
         )
-    return read_extent(same.parts[0]).float()
+    extent = same.extent
+    return (extent.read() if isinstance(extent, StackedExtent) else read_extent(same.parts[0])).float()
 
 
 def _columns(rows: Iterator[Sequence[str]]) -> str:

@@ -16,7 +16,9 @@ from .policy import Policy, Tier
 from .storage.lanes import Event, LaneUse
 from .storage.ledger import gib
 
-__all__ = ["LaneWork", "RunReport", "RunningSweep", "SweepRecord", "peak_rss_bytes"]
+__all__ = [
+    "ExpertUse", "LaneWork", "RunReport", "RunningSweep", "SweepRecord", "peak_rss_bytes", "rss_bytes",
+]  # fmt: skip
 
 # `to_dict` is stored with every measurement, and a night's job has very many sweeps.
 _LISTED_SWEEPS = 1000
@@ -41,6 +43,21 @@ class LaneWork(NamedTuple):
 
     busy_s: float = 0.0
     bytes: int = 0
+
+
+class ExpertUse(NamedTuple):
+    """What was done with experts that are loaded one by one, in one sweep or in several.
+
+    `applied` counts experts that tokens chose, each once per layer and sweep; `loaded` those of them that had to be
+    moved to where compute is; `read_bytes` are what of them was read from disk.
+    """
+
+    applied: int = 0
+    loaded: int = 0
+    read_bytes: int = 0
+
+
+_NO_EXPERTS = ExpertUse()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +89,7 @@ class SweepRecord:
         seconds: from the call of forward to its result.
         is_prefill: the cache was empty.
         lanes: what each lane did.
+        experts: what was done with experts.
     """
 
     rows: int
@@ -79,6 +97,7 @@ class SweepRecord:
     seconds: float
     is_prefill: bool
     lanes: dict[str, LaneWork] = dataclasses.field(default_factory=dict)
+    experts: ExpertUse = _NO_EXPERTS
 
 
 @dataclasses.dataclass
@@ -118,8 +137,8 @@ class RunReport:
         busy_s = {name: use.busy_s for name, use in self.lanes.items()}
         self.running = RunningSweep(rows, tokens, is_prefill, time.perf_counter(), busy_s)
 
-    def end_sweep(self) -> None:
-        """Notes that the sweep that runs is done, with what each lane did in it."""
+    def end_sweep(self, experts: ExpertUse = _NO_EXPERTS) -> None:
+        """Notes that the sweep that runs is done, with what each lane did in it, and what was done with experts."""
         sweep = self.running
         assert sweep is not None
         lanes = {}
@@ -128,13 +147,18 @@ class RunReport:
             lanes[name] = LaneWork(use.busy_s - sweep.busy_s[name], moved - self._bytes_before.get(name, 0))
             self._bytes_before[name] = moved
         seconds = time.perf_counter() - sweep.started
-        self.sweeps.append(SweepRecord(sweep.rows, sweep.tokens, seconds, sweep.is_prefill, lanes))
+        self.sweeps.append(SweepRecord(sweep.rows, sweep.tokens, seconds, sweep.is_prefill, lanes, experts))
         self.running = None
 
     @property
     def rows(self) -> int:
         """The most sequences that were in flight together."""
         return max((s.rows for s in self.sweeps), default=0)
+
+    @property
+    def experts(self) -> ExpertUse:
+        """What was done with experts in all sweeps."""
+        return ExpertUse(*(sum(counts) for counts in zip(*(s.experts for s in self.sweeps), strict=True)))
 
     @property
     def prefill_s(self) -> float:
@@ -216,7 +240,13 @@ class RunReport:
             "decode_bottleneck": self.decode_bottleneck,
             "num_sweeps": len(self.sweeps),
             "sweeps": [
-                {"rows": s.rows, "tokens": s.tokens, "seconds": s.seconds, "is_prefill": s.is_prefill}
+                {
+                    "rows": s.rows,
+                    "tokens": s.tokens,
+                    "seconds": s.seconds,
+                    "is_prefill": s.is_prefill,
+                    **({"experts": s.experts._asdict()} if s.experts.applied else {}),
+                }
                 for s in self.sweeps[:_LISTED_SWEEPS]
             ],
             "lanes": {
@@ -224,6 +254,7 @@ class RunReport:
                 for name, use in self.lanes.items()
             },
             "decode_lanes": {name: _lane(work, self.decode_s) for name, work in self.decode_lanes.items()},
+            "experts": self.experts._asdict(),
             "upcasts": _counts(self.upcasts),
             "dequantizations": _counts(self.dequantizations),
             "peak_bytes": {str(tier): size for tier, size in self.peak_bytes.items()},
@@ -297,6 +328,9 @@ class RunReport:
                 most = made["per_stage_and_sweep"]
                 times = {1: "once", 2: "twice"}.get(most, f"{most} times")
                 lines.append(f"{title:<12}{made['tensors']} tensors, at most {times} per stage and sweep")
+        if self.experts.applied:
+            applied, loaded, read_bytes = self.experts
+            lines.append(f"experts     {applied} applied, {loaded} loaded, {gib(read_bytes)} from disk")
         for kind, sizes in self.placement.items():
             total = sum(sizes.values()) or 1
             parts = ", ".join(f"{tier} {gib(size)} ({size / total:.1%})" for tier, size in sizes.items() if size)
@@ -335,13 +369,26 @@ def _lane(work: LaneWork, seconds: float) -> dict[str, Any]:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process ever had resident; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    if status.exists():  # better than getrusage, whose peak begins with that of the process that started this one
-        lines = status.read_text().splitlines()
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
+    found = _of_status("VmHWM")
+    if found is not None:  # better than getrusage, whose peak begins with that of the process that started this one
+        return found
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """The memory that this process has resident now; 0 where the system does not say."""
+    return _of_status("VmRSS") or 0
+
+
+def _of_status(field: str) -> int | None:
+    """Bytes by Linux' account of this process; None on other systems."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = status.read_text().splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:")), 0)

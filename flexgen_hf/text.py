@@ -6,9 +6,10 @@ Works with any Hugging Face causal language model; knows nothing of tiers or pol
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["complete", "dtype_of_compute", "load_tokenizer"]
+__all__ = ["complete", "dtype_of_compute", "load_tokenizer", "named_file"]
 
 
 def dtype_of_compute() -> str:
@@ -25,7 +26,7 @@ def load_tokenizer(source: str, **hub_options: Any) -> Any:
     """The tokenizer of a model, ready for batches of prompts of different lengths.
 
     Args:
-        source: Hub id, model folder or store.
+        source: Hub id, model folder, store, or GGUF file.
         hub_options: what `AutoTokenizer.from_pretrained` takes: `revision`, `token`, ...
 
     Returns:
@@ -34,10 +35,18 @@ def load_tokenizer(source: str, **hub_options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left", **hub_options)
+    folder, options = named_file(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left", **options, **hub_options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def named_file(source: str) -> tuple[str, dict[str, str]]:
+    """What transformers calls a source: of a GGUF file its folder, and the option that names it."""
+    path = Path(source)
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    return (str(path.parent), {"gguf_file": path.name}) if is_gguf else (source, {})
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], **generation: Any) -> list[str]:

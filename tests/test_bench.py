@@ -25,9 +25,9 @@ from flexgen_hf.bench.shapes import SHAPES, config_of_shape, random_checkpoint, 
 from flexgen_hf.bench.sizes import Size, parse_max_memory, parse_size, parse_sum, weights_bytes
 from flexgen_hf.bench.systems import SYSTEMS, DeviceSpec, Job, load, share_in_memory
 from flexgen_hf.bench.trial import Bench
-from flexgen_hf.bench.workload import Workload
+from flexgen_hf.bench.workload import BenchWorkload
 
-WORKLOAD = Workload(prompt_len=8, new_tokens=3, rows=4)
+WORKLOAD = BenchWorkload(prompt_len=8, new_tokens=3, rows=4)
 DISK = Policy.parse("0 0 0 100 0 100", batch_size=2, num_batches=2)
 EMULATED = DeviceSpec("emulated:0", capacity_bytes=10 << 20, link_bytes_per_s=100e6)
 
@@ -148,7 +148,7 @@ class TestShapes:
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(random_checkpoint(tmp_path, name, dtype), dtype=dtype)
-        prompts = Workload(16, 1, 8).prompts(model.config.vocab_size, 1)
+        prompts = BenchWorkload(16, 1, 8).prompts(model.config.vocab_size, 1)
         assert model(**prompts).logits.isfinite().all()
         tokens = model.generate(**prompts, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 16:]
         assert len({tuple(row.tolist()) for row in tokens}) == 8
@@ -208,7 +208,7 @@ class TestQuantizedStores:
 
 class TestWorkload:
     def test_prompts_are_distinct_ragged_and_padded_on_the_left(self) -> None:
-        prompts = Workload(16, 1, 20).prompts(vocab_size=128, pad_token=1)
+        prompts = BenchWorkload(16, 1, 20).prompts(vocab_size=128, pad_token=1)
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         assert ids.shape == mask.shape == (20, 16)
         lengths = mask.sum(1)
@@ -221,13 +221,13 @@ class TestWorkload:
         assert len({tuple(row.tolist()) for row in ids}) == 20
 
     def test_a_row_does_not_depend_on_how_many_there_are(self) -> None:
-        few, many = Workload(16, 1, 3).prompts(128, 1), Workload(16, 1, 9).prompts(128, 1)
+        few, many = BenchWorkload(16, 1, 3).prompts(128, 1), BenchWorkload(16, 1, 9).prompts(128, 1)
         assert torch.equal(few["input_ids"], many["input_ids"][:3])
-        assert not torch.equal(few["input_ids"], Workload(16, 1, 3, seed=1).prompts(128, 1)["input_ids"])
+        assert not torch.equal(few["input_ids"], BenchWorkload(16, 1, 3, seed=1).prompts(128, 1)["input_ids"])
 
     def test_nothing_to_do_is_refused(self) -> None:
         with pytest.raises(PolicyError, match="new_tokens=0 must be at least 1"):
-            Workload(8, 0, 1)
+            BenchWorkload(8, 0, 1)
 
 
 class TestSystems:

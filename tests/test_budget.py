@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTCon
 
 from conversion.convert import convert
 from flexgen_hf import CapacityError, Compression, FlexGenForCausalLM, Placement, Policy, Tier, loading
-from flexgen_hf.accounting import Account
+from flexgen_hf.accounting import Account, windows_of
 from flexgen_hf.bench import emulated
 from flexgen_hf.bench.shapes import write_random_checkpoint
 from flexgen_hf.microbatches import joined
@@ -37,6 +37,8 @@ from flexgen_hf.planning.budget import (
 )
 from tests.control_groups import PEAK_MEMORY, memory_limit, run_in
 from tests.tiny import DISK, batch, greedy, load, pretend_accelerator, reference, write_tiny_opt
+
+from .test_families import save_family
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,6 +133,28 @@ def test_what_is_predicted_is_what_is_taken(  # noqa: PLR0917  fixtures and what
         with load(folder, offload, policy) as model:
             greedy(model, batch(rows, tokens), new)
             assert model._account.demand.peak(policy, calls[0]) == model.last_run.peak_bytes
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("case", ["mistral", "gemma3_text", "deepseek_v3", "gpt_bigcode"])
+@pytest.mark.parametrize(
+    ("percents", "bits"), [("0 0 0 0 0 0", None), ("30 30 30 40 100 0", 4), ("100 0 0 100 0 100", 16)]
+)
+def test_it_is_so_with_windows_and_latent_keys(
+    tmp_path: Path, calls: list[Call], case: str, percents: str, bits: int | None
+) -> None:
+    """Cells of a sliding layer have room for its window only; keys may be wider than values."""
+    folder = save_family(case, tmp_path / "model")
+    policy = Policy.parse(percents, batch_size=2, num_batches=2, compression=Compression(cache=bits))
+    with load(folder, tmp_path / "offload", policy) as model:
+        greedy(model, batch(4, 9), 12)
+        assert model._account.demand.peak(policy, calls[0]) == model.last_run.peak_bytes
+        taken = model.last_run.to_dict()["placement"]["cache"]
+        calls.clear()
+        if any(windows_of(model.config)):
+            model(**batch(4, 21), use_cache=True)  # may be cropped, so all is kept
+            assert calls[0].keeps_past
+            assert sum(model.last_run.to_dict()["placement"]["cache"].values()) >= sum(taken.values())
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen_hf.architectures import describe
-from flexgen_hf.checkpoints import plan_shards, read_checkpoint, source_fingerprint, target_dtype
+from flexgen_hf.checkpoint_files import source_fingerprint
+from flexgen_hf.checkpoints import plan_shards, read_checkpoint, target_dtype
 from flexgen_hf.errors import StoreError, UnsupportedModelError
 from tests.checkpoints import opt_config, with_keys, write_random_checkpoint
 
@@ -128,6 +129,11 @@ def test_experts_are_fused_as_transformers_fuses_them(tmp_path):
     fused = [name for name in found if name.endswith("experts.gate_up_proj")]
     assert len(fused) == 2
     assert all(found[name].extent is None for name in fused)
+    for name in (fused[0], fused[0].replace("gate_up", "down")):
+        stacked = found[name].stacked
+        assert stacked is not None
+        assert len(stacked.matrices) == 4
+        assert torch.equal(stacked.read(), found[name].load())
     assert found["model.layers.0.self_attn.q_proj.weight"].extent is not None
     assert_reads_as_transformers_does(folder, torch.float16)
 

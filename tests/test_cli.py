@@ -134,6 +134,16 @@ class TestGenerate:
             "top_k": 7,
         }
 
+    def test_auto_is_told_what_there_is_to_do(self, recorded, tmp_path):
+        options = ["--policy", "auto", "--batch-size", "2", "--hardware", "cpu2", "--objective", "latency"]
+        run("generate", TINY_OPT, "--prompt", "a b c", "--prompt", "a", "--max-new-tokens", "3", *options)
+        given = recorded[0].options
+        assert (given["policy"], given["batch_size"], given["hardware"]) == ("auto", 2, "cpu2")
+        assert given["objective"] == "latency"
+        assert given["workload"]["batch"] == 2
+        assert given["workload"]["max_new_tokens"] == 3
+        assert given["workload"]["prompt_len"] > 1
+
     def test_the_originals_spellings(self, recorded):
         original = "--percent 20 80 0 100 0 100 --gpu-batch-size 48 --num-gpu-batches 3".split()
         assert run("generate", TINY_OPT, "--prompt", "a", *original).exit_code == 0
@@ -280,7 +290,8 @@ class TestEndings:
         [
             (["./nowhere", "--prompt", "a"], "no folder './nowhere'"),
             ([TINY_OPT, "--prompt", "a", "--policy", "20 80"], "has 2 numbers, not 6"),
-            ([TINY_OPT, "--prompt", "a", "--policy", "auto"], "not available in this version"),
+            ([TINY_OPT, "--prompt", "a", "--policy", "auto", "--no-overlap"], "--policy auto finds it"),
+            ([TINY_OPT, "--prompt", "a", "--hardware", "cpu2"], "what policy='auto' is to find"),
             ([TINY_OPT, "--prompt", "a", "--max-memory", "cpu=100KiB"], "raise max_memory"),
             ([TINY_OPT], "no prompt"),
             (["nobody/nothing", "--prompt", "a"], "cannot load 'nobody/nothing'"),

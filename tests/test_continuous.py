@@ -109,9 +109,18 @@ def test_every_family(case: str, tmp_path: Path) -> None:
 def test_a_family_that_is_not_tested_is_not_padded(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    checkpoint = save_tiny(AutoConfig.for_model("olmo2", **TINY), tmp_path / "model")
+    checkpoint = save_tiny(AutoConfig.for_model("arcee", **TINY), tmp_path / "model")
     with load_ours(checkpoint) as ours:
         same_texts(load_plain(checkpoint), ours, requests(9, longest=3), least_shared=4)
+
+
+def test_angles_that_depend_on_the_longest_text_are_refused(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    checkpoint = save_tiny(AutoConfig.for_model("llama", **TINY, rope_parameters=rope), tmp_path / "model")
+    with load_ours(checkpoint) as ours, pytest.raises(UnsupportedModelError, match="depends on the longest text"):
+        ours.generate_each(requests(2))
 
 
 @pytest.mark.parametrize("host_attention", [False, True])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, MixtralConfig, OPTConfig
 
 from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
-from flexgen_hf.bench.shapes import write_random_checkpoint
+from flexgen_hf.bench.shapes import shape_fields, write_random_checkpoint
 from flexgen_hf.planning.budget import PINNED_BYTES
 from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
-from flexgen_hf.planning.hardware import Hardware
+from flexgen_hf.planning.hardware import Hardware, constant
 from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.schedule import Lane
 from flexgen_hf.planning.shape import ModelShape, read_config
@@ -31,14 +32,15 @@ POLICIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["OPT", "Llama in 16 bit"])
+@pytest.fixture(scope="module", params=["OPT", "Llama in 16 bit", "Mixtral in 16 bit"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for pages to be small beside what lies in them."""
     sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     if request.param == "OPT":
         config: Any = OPTConfig(**sizes, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=128)
         return write_random_checkpoint(tmp_path_factory.mktemp("model"), config, torch.float32)
-    config = LlamaConfig(**sizes, intermediate_size=344, num_key_value_heads=2, max_position_embeddings=128)
+    sizes |= {"intermediate_size": 344, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(**sizes) if request.param.startswith("Llama") else MixtralConfig(**sizes, num_local_experts=4)
     return write_random_checkpoint(tmp_path_factory.mktemp("model"), config, torch.float16)
 
 
@@ -95,6 +97,23 @@ def test_attention_on_the_host_moves_no_cache() -> None:
     assert stays.lanes(decode)[Lane.COMPUTE] > moved.lanes(decode)[Lane.COMPUTE]
 
 
+def test_of_experts_those_are_read_that_a_block_is_expected_to_choose() -> None:
+    shape = ModelShape.from_config(shape_fields("mixtral-0.8b"))
+    (layer,) = set(shape.layers)
+    apart = shape.num_parameters - 8 * 8 * layer.expert_elements
+    for rows, experts in ((1, 2), (2, 4), (64, 8)):
+        policy = Policy.parse("0 0 100 0 100 0", batch_size=rows)
+        planned = PlannedRun(shape, preset("cpu2"), policy, Workload(128, 32))
+        pieces = [piece for stage in planned.layout.stages for piece in stage]
+        chosen = planned.chosen(1, 1, Sweep(1, 128))
+        pieces += [piece for expert in chosen for piece in planned.layout.experts[1][expert]] * 8
+        assert len(chosen) == experts
+        assert sum(p.read for p in pieces) == pytest.approx(2 * (apart + 8 * experts * layer.expert_elements), rel=1e-3)
+        lanes = planned.lanes(Sweep(1, 128))
+        link = preset("cpu2").link(Lane.DISK_TO_HOST)
+        assert lanes[Lane.DISK_TO_HOST] == pytest.approx(sum(p.read for p in pieces) / link.at(1 << 30), rel=0.2)
+
+
 def test_compression_trades_bytes_for_unpacking() -> None:
     plain = run(Policy.parse("0 0 0 0 100 0", batch_size=8, num_batches=2))
     packed = run(plain.policy.replace(compression="4bit"))
@@ -106,6 +125,37 @@ def test_compression_trades_bytes_for_unpacking() -> None:
 
 def test_a_block_is_no_larger_than_the_work() -> None:
     assert run(Policy(batch_size=8, num_batches=4), workload=Workload(8, 2, 13)).batches == [8, 5]
+
+
+def test_micro_batches_leave_padding_out() -> None:
+    workload = Workload(128, 32, lengths=(128, 70, 64, 100, 90, 80))
+    assert workload.paddings([2, 2, 2]) == [0, 128 - 90, 128 - 70]
+    assert workload.paddings([6]) == [0]
+    assert workload.paddings([4, 4]) == [0, 0]  # more rows than is known of
+    policy = Policy.parse("0 100 0 0 100 0", batch_size=2, num_batches=3)
+    ragged, equal = (run(policy, workload=w) for w in (workload, Workload(128, 32)))
+    for sweep in (Sweep(128, 0), Sweep(1, 128)):
+        saved = {
+            lane: ragged.lanes(sweep)[lane] / equal.lanes(sweep)[lane] for lane in (Lane.HOST_TO_DISK, Lane.COMPUTE)
+        }
+        assert saved[Lane.COMPUTE] <= 1
+        assert saved[Lane.HOST_TO_DISK] == pytest.approx(1 if sweep.past else (128 + 90 + 70) / 3 / 128, rel=0.05)
+    assert ragged.peak_bytes == equal.peak_bytes
+
+
+def test_tiles_cost_what_was_measured_of_them() -> None:
+    policy = Policy.parse("0 0 0 100 0 100", batch_size=8, compression=Compression(weights=4))
+    shape = ModelShape.from_config(OPT).in_dtype("float32")
+    plain = preset("cpu2")
+    tiled = dataclasses.replace(plain, packed_flops=constant(1e9), cast_flops=constant(2e9))
+    packed, cast = (
+        PlannedRun(shape, tiled, p, Workload(128, 32)) for p in (policy, policy.replace(compression=Compression()))
+    )
+    flops = 2 * 8 * 12 * 2048**2
+    around = plain.compute_s + packed.attention_s(shape.layers[0], 8, Tier.HOST, Sweep(1, 1))
+    assert packed.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == pytest.approx(flops / 1e9 + around, rel=0.01)
+    assert cast.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == pytest.approx(flops / 2e9 + around, rel=0.01)
+    assert cast.head_s() == pytest.approx(2 * 8 * 2048 * 50272 / 2e9, rel=0.01)
 
 
 def test_a_speed_that_is_not_known_is_refused() -> None:

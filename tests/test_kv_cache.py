@@ -17,8 +17,10 @@ from flexgen_hf import CapacityError, Compression, FlexGenError, Placement, Poli
 from flexgen_hf import cells as cells_module
 from flexgen_hf.bench import emulated
 from flexgen_hf.cell_attention import kept_states
-from flexgen_hf.cells import CacheSpace, Cell
+from flexgen_hf.cell_space import CacheSpace
+from flexgen_hf.cells import Cell
 from flexgen_hf.kv_cache import BlockCache, spans_of
+from flexgen_hf.planning.budget import room_for
 from flexgen_hf.planning.schedule import Rings
 from flexgen_hf.storage import files
 from flexgen_hf.storage.buffers import PAGE, round_up
@@ -52,6 +54,7 @@ class Pair:
         ledger: Ledger | None = None,
         dim: int = DIM,
         window: int | None = None,
+        keeps_past: bool = True,
         host_attention: bool = False,
         bits: int | None = None,
         group_size: int = 64,
@@ -69,6 +72,7 @@ class Pair:
             lambda layer, batch: homes[(layer + batch) % len(homes)],
             [window] * LAYERS,
             capacity,
+            keeps_past=keeps_past,
         )
         self.theirs = self.theirs_anew()
         self._random = torch.Generator().manual_seed(0)
@@ -113,6 +117,11 @@ class Pair:
         return got
 
     def crop(self, tokens: int) -> None:
+        seen_then = max(0, self.ours.get_seq_length() - tokens - (self.window or 0) + 1)
+        if self.window is not None and seen_then < next(self.ours.cells()).dropped:
+            with pytest.raises(UnsupportedModelError, match="has forgotten those before"):
+                self.ours.crop(-tokens)
+            return
         for cache in (self.ours, self.theirs):
             cache.crop(-tokens)
 
@@ -142,8 +151,9 @@ class Pair:
                     assert cell.get_seq_length() == 0
                     continue
                 theirs: Any = self.theirs.layers[layer]
-                assert same(cell.keys, theirs.keys[start:end])
-                assert same(cell.values, theirs.values[start:end])
+                assert same(cell.keys, theirs.keys[start:end, :, cell.dropped :])
+                assert same(cell.values, theirs.values[start:end, :, cell.dropped :])
+                assert not cell.dropped or self.window is not None
 
     def close(self) -> None:
         self.ours.close()
@@ -266,12 +276,12 @@ class TestAsTransformersDoes:
         pair.append(2)
 
     def test_preallocated(self, pair):
-        pair.ours.preallocate(HEADS, DIM, torch.float32)
+        pair.ours.preallocate((HEADS, DIM), (HEADS, DIM), torch.float32)
         pair.append(3)
         pair.append(3)
 
     def test_preallocated_for_another_shape(self, pair):
-        pair.ours.preallocate(7, 5, torch.float16)
+        pair.ours.preallocate((7, 5), (7, 5), torch.float16)
         pair.append(3)
         pair.append(3)
 
@@ -301,6 +311,7 @@ SETTINGS = st.fixed_dictionaries(
         "batch_size": st.integers(1, 5),
         "dim": st.sampled_from([3, 57, 256, 683]),
         "window": st.sampled_from([None, None, 1, 2, 7]),
+        "keeps_past": st.booleans(),
         "host_attention": st.booleans(),
         "bits": st.sampled_from([None, 16, 8, 4, 3, 2]),
         "group_size": st.sampled_from([8, 64]),
@@ -330,6 +341,54 @@ def test_any_sequence_of_operations(tmp_path_factory, is_direct, operations, opt
             else:
                 getattr(pair, name)(min(value, pair.theirs.get_seq_length()) if name == "crop" else value)
             pair.check()
+
+
+class TestWindows:
+    """A cell keeps its window, and room for a few tokens more, wherever it lives and however it is kept."""
+
+    @pytest.mark.parametrize("window", [1, 2, 5, 16])
+    @pytest.mark.parametrize("bits", [None, 16, 4])
+    @pytest.mark.parametrize("prompt", [3, 30])
+    def test_no_more_than_the_window_is_kept(self, tmp_path, homes, space, window, bits, prompt):
+        options: dict[str, Any] = {"space": space, "window": window, "bits": bits, "dim": 57, "keeps_past": False}
+        with contextlib.closing(Pair(tmp_path, homes, capacity=64, rows=3, **options)) as pair:
+            room = room_for(64, window)
+            pair.append(prompt)
+            for step in range(20):
+                pair.append(1)
+                if step % 6 == 5:
+                    pair.reorder([2, 0, 0])
+                assert all(cell.held <= room for cell in pair.ours.cells())
+            pair.check()
+            for cell in pair.ours.cells():
+                assert cell.nbytes == cell._known().nbytes(room)
+                assert window - 1 <= cell.held
+            pair.crop(1)  # done, or refused if a token would come back that is forgotten
+            pair.append(4)  # several at once: the cell grows, if it must
+            pair.append(1)
+            pair.check()
+
+    @pytest.mark.parametrize("host_attention", [False, True])
+    def test_what_will_be_taken_back_is_kept(self, tmp_path, homes, space, host_attention):
+        options: dict[str, Any] = {"space": space, "window": 3, "host_attention": host_attention, "keeps_past": False}
+        with contextlib.closing(Pair(tmp_path, homes, capacity=40, **options)) as pair:
+            pair.append(9)
+            pair.ours.activate_past_recording()
+            for _ in range(5):
+                pair.append(4)
+                pair.crop(3)
+            pair.check()
+
+    def test_rows_take_what_is_forgotten_along(self, tmp_path, homes):
+        with contextlib.closing(Pair(tmp_path, homes, capacity=40, window=4, keeps_past=False)) as pair:
+            pair.append(7)
+            pair.select([4, 0, 3])
+            pair.append(1)
+            pair.repeat(2)
+            pair.append(1)
+            pair.check()
+            pair.ours.reset()
+            assert pair.ours.get_seq_length() == 0
 
 
 class TestOnDisk:
@@ -402,7 +461,7 @@ class TestIn16Bit:
         for bits in (None, 16):
             options: dict[str, Any] = {"space": space, "capacity": 64, "dim": 64, "bits": bits}
             with contextlib.closing(Pair(tmp_path, [tier], rows=4, **options)) as pair:
-                pair.ours.preallocate(HEADS, 64, torch.float32)
+                pair.ours.preallocate((HEADS, 64), (HEADS, 64), torch.float32)
                 placed.append(pair.ours.placement()[tier])
                 held.append(pair.ledger.held(tier))
         assert placed == held
@@ -412,7 +471,7 @@ class TestIn16Bit:
     def test_slots_are_accounted_for_and_sized_once(self, tmp_path, space, tier):
         with contextlib.closing(Pair(tmp_path, [tier], rows=4, capacity=64, space=space, bits=16)) as pair:
             pair.value_dim = pair.dim
-            pair.ours.preallocate(HEADS, pair.dim, torch.float32)
+            pair.ours.preallocate((HEADS, pair.dim), (HEADS, pair.dim), torch.float32)
             home = pair.ours.cells().__next__().nbytes
             before = dict(pair.ledger.peaks())
             pair.append(60)
@@ -585,7 +644,7 @@ class TestBeams:
         options: dict[str, Any] = {"space": space, "dim": 64, "capacity": 600, "bits": bits}
         with contextlib.closing(Pair(tmp_path, homes, rows=8, batch_size=4, **options)) as pair:
             pair.value_dim = pair.dim
-            pair.ours.preallocate(HEADS, pair.dim, torch.float32)
+            pair.ours.preallocate((HEADS, pair.dim), (HEADS, pair.dim), torch.float32)
             pair.append(590)
             before = sum(pair.ledger.held(tier) for tier in Tier)
             pair.ledger.reset_peaks()
@@ -614,7 +673,7 @@ class TestBeams:
 class TestAccount:
     def test_preallocation_takes_what_is_needed(self, tmp_path):
         with contextlib.closing(Pair(tmp_path, HOMES["mixed"], capacity=100)) as pair:
-            pair.ours.preallocate(HEADS, DIM, torch.float32)
+            pair.ours.preallocate((HEADS, DIM), (HEADS, DIM), torch.float32)
             placement = pair.ours.placement()
             assert {tier: pair.ledger.held(tier) for tier in Tier} == placement
             before = pair.ledger.held(Tier.DISK)
@@ -626,7 +685,7 @@ class TestAccount:
     def test_a_tier_that_is_too_small_refuses_and_nothing_stays(self, tmp_path, tier):
         pair = Pair(tmp_path, [tier], capacity=100, ledger=Ledger({tier: 20_000}))
         with pytest.raises(CapacityError, match=f"the KV cache needs|KV cache needs .* the {tier} tier"):
-            pair.ours.preallocate(HEADS, DIM, torch.float32)
+            pair.ours.preallocate((HEADS, DIM), (HEADS, DIM), torch.float32)
         assert pair.ledger.held(tier) == 0
 
     def test_micro_batches_that_are_gone_give_back_their_memory(self, tmp_path):

@@ -36,7 +36,7 @@ from flexgen_hf import (
 )
 from flexgen_hf.weights.format import Manifest, is_store
 
-from .checkpoints import opt_config
+from .checkpoints import opt_config, with_keys
 from .comparison import BEAMS, GREEDY, THREE_TIERS, load_ours, load_plain, ragged, same_tokens, save_tiny
 from .test_traps import OWN_CACHES
 
@@ -133,15 +133,21 @@ def test_16_bit_safetensors_run_where_they_lie(tmp_path: Path, stored: torch.dty
     assert not list(tmp_path.glob("offload/*"))
 
 
-def test_experts_that_must_be_fused_are_converted(tmp_path: Path) -> None:
-    """The one 16-bit safetensors layout that cannot run as it lies."""
+def test_experts_run_as_they_lie_or_are_converted_to_be_fused(tmp_path: Path) -> None:
+    """Those of a checkpoint's safetensors lie apart, and each is read by itself; those in a pickle lie nowhere."""
     config = transformers.MixtralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, eos_token_id=None,
     )  # fmt: skip
     folder = save_tiny(config, tmp_path / "model", dtype=torch.bfloat16)
     with load_ours(folder, dtype=torch.float32) as ours:
-        same_tokens(load_plain(folder, dtype=torch.float32), ours, GREEDY, ragged())
+        want = same_tokens(load_plain(folder, dtype=torch.float32), ours, GREEDY, ragged())
+        kinds = {tensor.stored_dtype for tensor in ours._executor.weights.stored}
+        assert kinds == {torch.bfloat16}
+    assert not list((tmp_path / "offload").glob("*"))
+    pickled = with_keys(folder, tmp_path / "pickled", lambda key: key)
+    with load_ours(pickled, dtype=torch.float32) as ours:
+        assert torch.equal(same_tokens(load_plain(folder, dtype=torch.float32), ours, GREEDY, ragged()), want)
     (converted,) = (tmp_path / "offload").iterdir()
     assert is_store(converted)
 
@@ -346,7 +352,6 @@ def test_pipeline_by_name(with_tokenizer: Path, tmp_path: Path, how: str, caplog
     [
         ({"policy": "20 80"}, PolicyError, "not 6"),
         ({"policy": {"wieghts": {}}}, PolicyError, "did you mean 'weights'"),
-        ({"policy": "auto"}, PolicyError, "policy='auto' is not available in this version"),
         ({"policy": "/nowhere/policy.json"}, PolicyError, "cannot read '/nowhere/policy.json'"),
         ({"batch_size": 0}, PolicyError, "batch_size=0 must be a whole number"),
         ({"num_batches": -1}, PolicyError, "num_batches=-1"),
@@ -469,7 +474,7 @@ def test_checkpoints_quantized_by_others_are_refused(tiny_opt: Path, tmp_path: P
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="already quantized with 'gptq'"):
+    with pytest.raises(UnsupportedModelError, match="quantized with gptq, which"):
         load_ours(folder)
 
 

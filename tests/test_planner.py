@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from flexgen_hf import CapacityError, Compression, FlexGenError, Placement, Policy, PolicyError, Tier
 from flexgen_hf.bench.shapes import SHAPES, shape_fields
 from flexgen_hf.cli import app
-from flexgen_hf.planning.cost import PlannedRun, Workload
+from flexgen_hf.planning.cost import PlannedRun, Workload, predict
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.original import PUBLISHED
 from flexgen_hf.planning.presets import preset
@@ -104,6 +104,53 @@ def test_the_largest_block_in_time() -> None:
         small_plan(objective="block", deadline_s=1e-6)
 
 
+def test_a_device_too_small_for_two_layers_has_room_for_one() -> None:
+    """With a layer of 24 MiB and room for 40, two can't be there, and a plan is found all the same."""
+    machine, shape = small_machine(64, 400), ModelShape.from_config(SMALL)
+    given = Freedom(batch_size=8, num_batches=2)
+    with pytest.raises(CapacityError):
+        plan(shape, machine, Workload(64, 16), dataclasses.replace(given, layer_slots=2, overlap=True))
+    made = plan(shape, machine, Workload(64, 16), given)
+    assert made.policy.layer_slots == 1
+    assert made.predicted.peak_bytes[Tier.DEVICE] <= 64 * MIB
+
+
+def test_the_smallest_device_does_one_thing_after_the_other() -> None:
+    shape, given = ModelShape.from_config(SMALL), Freedom(batch_size=8, num_batches=2)
+    sizes = range(60, 30, -1)
+    found = []
+    for size in sizes:
+        try:
+            found.append(plan(shape, small_machine(size, 400), Workload(64, 16), given).policy)
+        except CapacityError:
+            break
+    assert not found[-1].overlap
+
+
+def test_room_for_one_layer_costs_what_it_stops() -> None:
+    """Its weights cross the link when the layer before is computed; the closed form knows it, as the simulator does."""
+    shape = ModelShape.from_config(SMALL)
+    two, one = (
+        PlannedRun(
+            shape, preset("t4"), Policy.parse("0 100 100 0 100 0", batch_size=64, layer_slots=slots), Workload(256, 4)
+        )
+        for slots in (2, 1)
+    )
+    assert predict(one).seconds > predict(two).seconds
+    assert predict(one).seconds <= 1.02 * simulate(one).seconds
+
+
+def test_what_attends_in_its_own_way_is_unpacked_and_stays_on_the_device() -> None:
+    """Not through transformers' interface: neither over cells as they are kept, nor on the host."""
+    for family, is_plain in (("opt", True), ("bloom", False), ("gemma2", False), ("unheard of", False)):
+        shape = ModelShape.from_config({**SMALL, "model_type": family})
+        sizes = shape.sizes(Compression(cache=4), direct=True)
+        assert sizes.attends_kept is is_plain
+        assert sizes.makes_masks_late is is_plain
+        attentions = Planner(shape, preset("t4"), Workload(64, 16))._attentions
+        assert attentions == ((False, True) if is_plain else (False,))
+
+
 def test_compression_is_chosen_where_it_pays() -> None:
     choices = (Compression(), Compression(weights=4, cache=4))
     assert small_plan(compressions=choices).predicted.tokens_per_s >= small_plan().predicted.tokens_per_s
@@ -178,7 +225,7 @@ def test_a_given_policy_is_predicted() -> None:
     options = ["--shape", "opt-30b", "--policy", "0 100 0 100 0 100", "--batch-size", "20", "--num-batches", "4"]
     text = run(*options, "--host-attention", "--compression", "4bit")
     assert "block 20 x 4, host attention" in text
-    assert "cache 4 bits" in text
+    assert "cache 4 bit" in text
     assert "alternative" not in text
 
 

@@ -287,3 +287,15 @@ class TestPolicy:
 )
 def test_a_compression_says_what_it_is_in_few_words(compression: Compression, text: str) -> None:
     assert str(compression) == text
+
+
+@pytest.mark.parametrize(("name", "tier"), [(0, "device"), ("1", "device"), ("device", "device"), ("cpu", "host"),
+                                            ("host", "host"), ("disk", "disk")])  # fmt: skip
+def test_tiers_of_max_memory(name: object, tier: str) -> None:
+    assert Tier.of(name) is Tier(tier)
+
+
+@pytest.mark.parametrize("name", ["gpu", None, "", -1])
+def test_names_of_no_tier(name: object) -> None:
+    with pytest.raises(PolicyError, match="is no tier; use 0"):
+        Tier.of(name)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conversion.convert import convert
 from conversion.verify import verify
-from flexgen_hf.checkpoints import index_files
+from flexgen_hf.checkpoint_files import index_files
 from flexgen_hf.errors import ConversionError, PolicyError, StoreError
 from flexgen_hf.policy import Compression
 from flexgen_hf.quantization import groupwise, search

@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 from flexgen_hf import cli
+from flexgen_hf.models_command import families, families_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,6 +41,10 @@ def test_targets_exist(line):
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def test_the_table_of_families_is_what_the_command_prints():
+    assert families_table(families()) in README
+
+
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_is_python(block):
     ast.parse(block)
@@ -60,7 +65,7 @@ def test_dependencies_are_those_that_are_imported():
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
     comes_with_torch = {"triton"}  # where there is CUDA; elsewhere nothing needs it
-    optional = {"matplotlib": "plots", "pyarrow": "parquet"}  # with the extra that brings it
+    optional = {"matplotlib": "plots", "gguf": "gguf", "pyarrow": "parquet"}  # with the extra that brings it
     assert all(name in SETUP["options.extras_require"][extra] for name, extra in optional.items())
     third_party = imported - set(sys.stdlib_module_names) - {"flexgen_hf", "conversion"} - comes_with_torch
     assert third_party - optional.keys() == declared

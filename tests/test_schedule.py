@@ -6,6 +6,7 @@ tensors on their way) is checked against what it waits for.
 
 import dataclasses
 import itertools
+import random
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,13 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_hf.planning.schedule import Lane, Rings, Route, Schedule, Step, StepId, Traffic, What
+from flexgen_hf.planning.schedule import Choose, Lane, Rings, Route, Schedule, Step, StepId, Traffic, What
 
 STILL = Route()
 # what a cell or hidden states may cross: nothing; RAM and disk; device and RAM; all of it
 HOMES = [STILL, Route(read=True, write=True), Route(push=True, pull=True), Route(True, True, True, True)]
 # each piece: read to where it is used, from RAM to the device, or both through staging
 WEIGHTS = [Route(read=True), Route(push=True), Route(read=True, push=True)]
+
+# of experts, by number: those that live where compute is, and all ways to get there
+EXPERTS = [(), (Route(read=True),), (Route(read=True, push=True),) * 2, (Route(push=True),), (Route(read=True),) * 2]
 
 LOADS = (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)
 STORES = (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DISK)
@@ -39,6 +43,7 @@ def traffics(draw) -> Traffic:
         cache=(nothing, *cells, nothing),
         hidden=tuple(draw(st.sampled_from(HOMES)) for _ in range(batches)),
         tied=tied,
+        sparse=draw(st.frozensets(st.integers(1, layers))),
     )
 
 
@@ -48,6 +53,7 @@ RINGS = st.builds(
     pieces=st.integers(1, 5),
     cache=st.integers(1, 5),
     hidden=st.integers(1, 4),
+    experts=st.integers(1, 3),
 )
 # whether a sweep begins with empty cells; the first does
 FRESH = st.lists(st.booleans(), max_size=3).map(lambda flags: [True, *flags])
@@ -74,7 +80,9 @@ class Program:
             weights = ((), *traffic.weights[1:]) if traffic.tied else traffic.weights
             # whoever runs this does not know yet that the next sweep may be another call's, of another block
             following = dataclasses.replace(traffic, weights=weights, fresh_cache=False)
-            self.steps += schedule.steps(traffic, following if sweep + 1 < len(self.fresh) else None)
+            following_or_none = following if sweep + 1 < len(self.fresh) else None
+            for step in schedule.steps(traffic, following_or_none, self.chooser(sweep)):
+                self.steps.append(step)
         self.ids = [step.id for step in self.steps]
         self.at = {name: index for index, name in enumerate(self.ids)}
 
@@ -91,6 +99,26 @@ class Program:
             hidden=self.traffic.hidden[:count],
             fresh_cache=self.fresh[sweep],
         )
+
+    def chosen(self, sweep: int, stage: int, batch: int) -> set[int]:
+        """The experts that a micro-batch chooses: any, a few of them, none at times."""
+        dice = random.Random(f"{sweep}, {stage}, {batch}")  # noqa: S311
+        return {dice.randrange(len(EXPERTS)) for _ in range(dice.randint(0, 3))}
+
+    def experts(self, sweep: int, stage: int) -> set[int]:
+        """Those that a block chooses in a layer; none where there are none."""
+        batches = range(self.num_batches(sweep) if stage in self.traffic.sparse else 0)
+        return set().union(*(self.chosen(sweep, stage, batch) for batch in batches))
+
+    def chooser(self, sweep: int) -> Choose:
+        """Answers once what the micro-batch waits for, and all that was computed before it, is listed."""
+
+        def choose(stage: int, batch: int) -> list[tuple[int, tuple[Route, ...]]]:
+            assert StepId(sweep, Lane.COMPUTE, What.STAGE, stage, batch) in {step.id for step in self.steps}
+            known = set().union(*(self.chosen(sweep, stage, other) for other in range(batch)))
+            return [(expert, EXPERTS[expert]) for expert in sorted(self.chosen(sweep, stage, batch) - known)]
+
+        return choose
 
     def num_batches(self, sweep: int) -> int:
         """Micro-batches of one sweep."""
@@ -161,6 +189,26 @@ def _weights_slot(program: Program, stage: int, slot: int, user: tuple[object, .
     yield Touch(("outer" if stage in (0, program.traffic.head) else "layers", slot), user)
 
 
+def _of_expert(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
+    stage, expert, user = step.id.stage, step.id.batch, (step.id.sweep, step.id.stage, step.id.batch)
+    if step.id.lane is Lane.COMPUTE:
+        yield from _weights_in_use(program, step.id.sweep, stage, slots)
+        if EXPERTS[expert]:
+            yield Touch(("experts", step.slot), user)
+        return
+    route = EXPERTS[expert][step.id.piece]
+    if route.read and route.push:
+        yield Touch(("pieces", step.staging), (*user, step.id.piece, "expert"))
+    if not (route.read and route.push and step.id.lane is Lane.DISK_TO_HOST):
+        yield Touch(("experts", step.slot), user)
+
+
+def _of_rest(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
+    yield from _weights_in_use(program, step.id.sweep, step.id.stage, slots)
+    if traffic.hidden[step.id.batch].moves and step.id.stage < traffic.head - 1:
+        yield Touch(("parked", step.id.batch), (step.id,))
+
+
 def _of_cell(program: Program, traffic: Traffic, step: Step, slots: dict[StepId, int]) -> Iterator[Touch]:
     sweep, lane, _, stage, batch, _ = step.id
     route, user = traffic.cache[stage][batch], (sweep, stage, batch)
@@ -210,7 +258,7 @@ def _of_stage(program: Program, traffic: Traffic, step: Step, slots: dict[StepId
     if route.moves and stage > 1:
         name = StepId(sweep, Lane.HOST_TO_DEVICE if route.push else Lane.DISK_TO_HOST, What.HIDDEN, stage, batch)
         yield Touch(("hidden", "device" if route.push else "host", slots[name]), (sweep, stage, batch))
-    if route.moves and stage < traffic.head - 1:
+    if route.moves and stage < traffic.head - 1 and stage not in traffic.sparse:
         yield Touch(("parked", batch), (step.id,))
 
 
@@ -224,7 +272,14 @@ def _weights_in_use(program: Program, sweep: int, stage: int, slots: dict[StepId
         yield from _weights_slot(program, source, slot, (loaded, source))
 
 
-_OF = {What.WEIGHTS: _of_weights, What.CACHE: _of_cell, What.HIDDEN: _of_hidden, What.STAGE: _of_stage}
+_OF = {
+    What.WEIGHTS: _of_weights,
+    What.EXPERT: _of_expert,
+    What.CACHE: _of_cell,
+    What.HIDDEN: _of_hidden,
+    What.STAGE: _of_stage,
+    What.REST: _of_rest,
+}
 
 
 def races(program: Program) -> Iterator[str]:
@@ -258,15 +313,22 @@ def test_every_micro_batch_passes_every_stage_once_and_in_order(program):
     head = program.traffic.head
     for sweep in range(len(program.fresh)):
         batches = program.num_batches(sweep)
-        computed = [
-            (s.id.stage, s.id.batch) for s in program.steps if s.id.sweep == sweep and s.id.lane is Lane.COMPUTE
-        ]
+        of_sweep = [s.id for s in program.steps if s.id.sweep == sweep and s.id.lane is Lane.COMPUTE]
+        computed = [(name.stage, name.batch) for name in of_sweep if name.what is What.STAGE]
         layers = [(stage, batch) for stage in range(1, head) for batch in range(batches)]
         assert [name for name in computed if 0 < name[0] < head] == layers
         assert len(computed) == len(set(computed)) == len(layers) + batches + 1
         for batch in range(batches):
             assert computed.index((0, batch)) < computed.index((1, batch))
         assert computed[-1] == (head, -1)
+        for stage in program.traffic.sparse:
+            parts = [name for name in of_sweep if name.stage == stage]
+            experts = parts[batches:-batches]
+            assert [name.what for name in parts[:batches]] == [What.STAGE] * batches
+            assert {name.what for name in experts} <= {What.EXPERT}
+            assert {name.batch for name in experts} == program.experts(sweep, stage)
+            assert len(experts) == len(program.experts(sweep, stage))
+            assert [(name.what, name.batch) for name in parts[-batches:]] == [(What.REST, k) for k in range(batches)]
 
 
 @given(programs)
@@ -281,6 +343,9 @@ def test_nothing_moves_twice_and_everything_that_has_to_moves(program):
             for piece, route in enumerate(pieces):
                 expected |= crossings(route, What.WEIGHTS, stage, -1, load=True, piece=piece)
         for stage in range(1, traffic.head):
+            for expert in program.experts(sweep, stage):
+                for piece, route in enumerate(EXPERTS[expert]):
+                    expected |= crossings(route, What.EXPERT, stage, expert, load=True, piece=piece)
             for batch, route in enumerate(traffic.cache[stage]):
                 expected |= crossings(route, What.CACHE, stage, batch, load=not fresh, store=True)
             for batch, route in enumerate(traffic.hidden):
@@ -308,13 +373,21 @@ def test_a_compute_step_finds_its_data(program):
         if name.lane is Lane.COMPUTE and other.lane in LOADS and _feeds(program, other, name):
             assert_after(name, other)
         same = (other.sweep, other.stage, other.batch) == (name.sweep, name.stage, name.batch)
-        if name.lane is Lane.COMPUTE and other.lane in STORES and same:
+        makes = What.STAGE if other.what is What.CACHE else makes_hidden(program, name.stage)
+        if name.lane is Lane.COMPUTE and other.lane in STORES and same and name.what is makes:
             assert_after(other, name)
+
+
+def makes_hidden(program: Program, stage: int) -> What:
+    """The kind of step after which a layer's hidden states are there."""
+    return What.REST if stage in program.traffic.sparse else What.STAGE
 
 
 def _feeds(program: Program, load: StepId, compute: StepId) -> bool:
     if load.sweep != compute.sweep:
         return False
+    if What.EXPERT in (load.what, compute.what):
+        return load.what is compute.what and (load.stage, load.batch) == (compute.stage, compute.batch)
     if load.what is not What.WEIGHTS:
         return (load.stage, load.batch) == (compute.stage, compute.batch)
     tied_head = program.traffic.tied and compute.stage == program.traffic.head
@@ -326,7 +399,7 @@ def _feeds(program: Program, load: StepId, compute: StepId) -> bool:
 def test_what_went_home_is_home_before_it_is_loaded_again(program):
     ancestors = program.ancestors()
     for name in program.ids:
-        if name.lane not in LOADS or name.what is What.WEIGHTS:
+        if name.lane not in LOADS or name.what in (What.WEIGHTS, What.EXPERT):
             continue
         is_cell = name.what is What.CACHE
         sweep, stage = (name.sweep - 1, name.stage) if is_cell else (name.sweep, name.stage - 1)
@@ -348,7 +421,11 @@ def test_hidden_states_on_their_way_home_do_not_pile_up(program):
             if name.lane is (Lane.HOST_TO_DISK if route.write else Lane.DEVICE_TO_HOST):
                 leaving[name.sweep].append(name)
         is_layer = name.lane is Lane.COMPUTE and 0 < name.stage < program.traffic.head - 1
-        if is_layer and program.of_sweep(name.sweep).hidden[name.batch].moves:
+        if (
+            is_layer
+            and name.what is makes_hidden(program, name.stage)
+            and program.of_sweep(name.sweep).hidden[name.batch].moves
+        ):
             done = ancestors[program.at[name]]
             waiting = [other for other in leaving[name.sweep] if not done >> program.at[other] & 1]
             assert len(waiting) < program.rings.hidden
@@ -437,6 +514,29 @@ class TestNoBarrier:
             assert not waits_for(load, program.compute(sweep - 1, program.traffic.head - 1, 0))
             assert not waits_for(load, program.compute(sweep - 1, program.traffic.head, -1))
 
+    def test_experts_load_from_the_first_choice_on(self):
+        """As many as have room, while the other micro-batches are still on their way to the router."""
+        program = Program(dataclasses.replace(streaming(batches=4), sparse=frozenset({2, 4})), Rings(), [True, False])
+        ancestors = program.ancestors(fifo=Lane)
+        early = 0
+        for name in program.ids:
+            if name.what is What.EXPERT and name.lane in LOADS:
+                second = program.at[program.compute(name.sweep, name.stage, 1)]
+                early += not ancestors[program.at[name]] >> second & 1
+        assert early > 0
+
+    def test_the_next_layer_loads_behind_the_experts_that_are_needed_before(self):
+        one = dataclasses.replace(streaming(batches=1), sparse=frozenset({1, 2, 3, 4}))
+        program = Program(one, Rings(experts=2), [True])
+        of_disk = [name for name in program.ids if name.lane is Lane.DISK_TO_HOST]
+        checked = 0
+        for stage in (2, 3, 4):
+            experts = [i for i, n in enumerate(of_disk) if n.what is What.EXPERT and n.stage == stage]
+            following = next(i for i, n in enumerate(of_disk) if n.what is What.WEIGHTS and n.stage == stage + 1)
+            assert all(load < following for load in experts)
+            checked += len(experts)
+        assert checked
+
 
 # ------------------------------------------------------------------------------------------------- overlap switched off
 
@@ -455,6 +555,8 @@ def test_without_overlap_each_step_waits_for_the_one_before(traffic, rings, fres
 @given(traffics(), RINGS, FRESH)
 @drawn
 def test_without_overlap_data_is_loaded_right_before_it_is_needed(traffic, rings, fresh):
+    if traffic.sparse:  # as a policy without overlap has it: with more room, staging makes experts wait for others
+        rings = dataclasses.replace(rings, layers=1, experts=1)
     program = Program(traffic, rings, fresh, overlap=False)
     pending: list[StepId] = []
     for step in program.steps:
@@ -476,5 +578,8 @@ def test_the_schedule_needs_no_torch():
 
 
 def test_a_step_says_what_it_is():
+    assert str(StepId(1, Lane.DISK_TO_HOST, What.EXPERT, 3, 5, 2)) == "expert 5 of stage 3, piece 2 in sweep 1"
+    assert str(StepId(1, Lane.COMPUTE, What.EXPERT, 3, 5)) == "compute of expert 5 of stage 3 in sweep 1"
+    assert str(StepId(1, Lane.COMPUTE, What.REST, 3, 0)) == "rest of stage 3, micro-batch 0 in sweep 1"
     assert str(StepId(2, Lane.DISK_TO_HOST, What.CACHE, 3, 1)) == "cache of stage 3, micro-batch 1 in sweep 2"
     assert str(StepId(0, Lane.COMPUTE, What.STAGE, 4)) == "compute of stage 4 in sweep 0"

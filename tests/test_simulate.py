@@ -14,14 +14,15 @@ import torch
 from hypothesis import strategies as st
 
 from flexgen_hf import Compression, Policy, Tier
-from flexgen_hf.planning.cost import PlannedRun, Prediction, Sweep, Workload, predict
+from flexgen_hf.bench.shapes import shape_fields
+from flexgen_hf.planning.cost import Known, PlannedRun, Prediction, Sweep, Workload, predict
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.layout import Piece, PlannedTensor
 from flexgen_hf.planning.presets import PRESETS, preset
 from flexgen_hf.planning.schedule import Lane, Step, StepId, What
 from flexgen_hf.planning.shape import ModelShape, read_config
 from flexgen_hf.planning.simulate import every_sweep, play, simulate, steps_of
-from flexgen_hf.weights.store import StoredTensor
+from flexgen_hf.weights.tensors import StoredTensor
 
 from .test_budget import placements
 from .tiny import batch, greedy, load, pretend_accelerator, write_tiny_opt
@@ -81,7 +82,7 @@ def planned(model: Any, checkpoint: Path, hardware: Hardware, workload: Workload
     shape = ModelShape.from_config(read_config(checkpoint)).in_dtype("float32")
     weights = model._executor.weights
     stored = [_planned_tensor(model, tensor) for tensor in weights.stored]
-    run = PlannedRun(shape, hardware, model.policy, workload, tensors=stored, pieces=None)
+    run = PlannedRun(shape, hardware, model.policy, workload, known=Known(lambda _: stored), pieces=None)
     routes = weights.routes()
     assert [set(pieces) for pieces in run.layout.routes] == [set(pieces) for pieces in routes]
     # where tensors of a stage lie apart in their file, what is read in place comes in more pieces
@@ -151,6 +152,24 @@ def test_the_clock_keeps_to_what_the_steps_say(policy: Policy, new: int) -> None
     assert list(timeline.ends) == sorted(timeline.ends)
 
 
+def test_lanes_that_take_cores_share_them() -> None:
+    """Casts and products take longer side by side than alone, and never longer than one after the other."""
+    alone = preset("cpu2")
+    policy = Policy.parse("0 100 0 100 0 100", batch_size=4, num_batches=4)
+    seconds = {}
+    for threads in (0, 1, 2):
+        hardware = dataclasses.replace(alone, cores=2 if threads else 0, threads=max(1, threads))
+        run = PlannedRun(large(policy).shape.in_dtype("float32"), hardware, policy, Workload(128, 16))
+        seconds[threads] = simulate(run).decode_s
+        lanes = run.lanes(Sweep(1, 128))
+        assert lanes[Lane.HOST_TO_DEVICE] > 0
+        assert seconds[threads] >= 0.99 * 15 * hardware.shared_s(lanes)
+        assert seconds[threads] >= 0.9 * predict(run).decode_s
+        assert seconds[threads] <= 1.02 * (15 * (sum(lanes.values()) + run.between_s))
+    assert seconds[0] == pytest.approx(seconds[1])  # two cores for two threads
+    assert seconds[2] > 1.05 * seconds[0]
+
+
 def large(policy: Policy, hardware: str = "t4", gen_len: int = 16, name: str = "opt") -> PlannedRun:
     fields = {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "vocab_size": 50272}
     return PlannedRun(ModelShape.from_config(fields), preset(hardware), policy, Workload(128, gen_len))
@@ -167,6 +186,25 @@ def test_the_closed_form_is_the_simulation_nearly(policy: Policy) -> None:
         assert fast.decode_lanes[lane] == pytest.approx(exact.decode_lanes[lane], rel=0.02, abs=0.02)
     assert fast.seconds <= exact.seconds * 1.02
     assert exact.seconds <= fast.seconds * 1.4
+
+
+@pytest.mark.parametrize("way_of", ["t4", "cpu2"])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_of_experts_those_are_simulated_that_a_block_is_expected_to_choose(way_of: str, batches: int) -> None:
+    """Each is loaded and computed once; the closed form has the same work."""
+    shape = ModelShape.from_config(shape_fields("mixtral-0.8b"))
+    policy = Policy.parse("20 30 0 100 0 100", batch_size=4 // batches, num_batches=batches)
+    run = PlannedRun(shape, preset(way_of), policy, Workload(64, 16), pieces=4)
+    prompt, token = steps_of(run, [Sweep(64, 0), Sweep(1, 64)])
+    for steps, count in ((prompt, 8), (token, round(8 * (1 - 0.75**4)))):
+        computed = [s.id for s in steps if s.id.what is What.EXPERT and s.id.lane is Lane.COMPUTE]
+        assert len(computed) == len(set(computed)) == 8 * count
+        loaded = {(s.id.stage, s.id.batch) for s in steps if s.id.what is What.EXPERT and s.id.lane is not Lane.COMPUTE}
+        assert loaded <= {(name.stage, name.batch) for name in computed}
+    fast, exact = predict(run), simulate(run)
+    for lane in Lane:
+        assert fast.decode_lanes[lane] == pytest.approx(exact.decode_lanes[lane], rel=0.02, abs=0.02)
+    assert fast.seconds <= exact.seconds * 1.02
 
 
 def test_a_lane_that_is_twice_as_fast_takes_half() -> None:

@@ -320,6 +320,11 @@ def test_the_hooks_that_loading_stands_on() -> None:
     arguments = preprocess[: preprocess.index("\n            )")]
     assert "checkpoint_files=" in arguments
     assert "dtype=" in arguments
+    # gguf_file= is let in for one method, by its name, before the environment is validated; then we are asked for this
+    door = inspect.getsource(transformers.quantizers.auto.get_hf_quantizer)
+    assert door.index("!= QuantizationMethod.GGUF") < door.index("validate_environment(")
+    assert "hf_quantizer.read_header(checkpoint_files[0])" in source
+    assert "hf_quantizer.get_state_dict(checkpoint_files[0], model)" in source
 
 
 @pytest.mark.usefixtures("generates")

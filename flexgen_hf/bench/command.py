@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,15 +27,17 @@ _Dtype = Literal["float16", "bfloat16", "float32"]
 
 def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL_OR_SHAPE",
+            show_default=False,
             help="A model folder, or a shape, which gets random weights: tiny, opt-125m, opt-350m, opt-1.3b, "
             "opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b; "
-            "opt-30b-like and opt-175b-like have the proportions of the large ones at a small size. "
-            "`opt-1.3b:6` is that shape with 6 layers.",
+            "opt-30b-like and opt-175b-like have the proportions of the large ones at a small size, mixtral-0.8b has "
+            "experts. "
+            "`opt-1.3b:6` is that shape with 6 layers. With --validate-plan there may be several, as `tiny,tiny:2`.",
         ),
-    ],
+    ] = None,
     systems: Annotated[
         str,
         typer.Option(
@@ -68,7 +71,7 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
             help='flexgen\'s: `4bit` for weights and cache, or JSON such as `{"weights": 4}` or `{"cache": 16}`. '
             "Weights are quantized once, into a store in the work folder, before anything is measured; "
             "peers load the checkpoint as it is, whose bytes shares such as `0.29w` go on meaning.",
-            show_default="the policy's",
+            show_default="the policy's; with --validate-plan any",
         ),
     ] = None,
     host_attention: Annotated[
@@ -98,12 +101,21 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch's arithmetic, for every system.", show_default="torch's choice")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each system in its best setting.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, help="Runs of each system in its best setting; --grid: of best and chosen."),
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Of the prompts, and of what --validate-plan draws.")] = 0,
     memory_limit: Annotated[
         str | None, typer.Option(help="For each run, page cache included: `3000MB`, or `3.7w+600MB`. Needs root.")
     ] = None,
-    read_limit: Annotated[str | None, typer.Option(help="Of the disk: `100MB/s`. Needs root.")] = None,
+    read_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the disk: `100MB/s`. Needs root. With --validate-plan for writes too, and there may be "
+            "several, of which each policy gets one: `none,100MB/s`.",
+        ),
+    ] = None,
     write_limit: Annotated[str | None, typer.Option(help="Of the disk: `100MB/s`. Needs root.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which a run is given up.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: `cpu`, `cuda:0`, ..., or `emulated`.")] = "cpu",
@@ -116,14 +128,71 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         Path | None,
         typer.Option(help="For weights and files.", file_okay=False, show_default="in HF's cache"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Append a JSON line for each run here.", dir_okay=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append a JSON line for each run here. With --validate-plan, runs that are there are not repeated.",
+            dir_okay=False,
+        ),
+    ] = None,
+    validate_plan: Annotated[
+        bool,
+        typer.Option(
+            "--validate-plan",
+            help="Instead of systems, compare `plan` with runs: of policies that are drawn at random.",
+        ),
+    ] = False,
+    grid: Annotated[
+        bool,
+        typer.Option(
+            "--grid",
+            help="With --validate-plan: of a grid of policies for one workload, and of `plan`'s choice for it.",
+        ),
+    ] = False,
+    policies: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --validate-plan: how many at most.", show_default="24, of a grid 32"),
+    ] = None,
+    run_seconds: Annotated[
+        str, typer.Option(help="With --validate-plan: what a run is to take at least and at most, as predicted.")
+    ] = "4-30",
+    rows: Annotated[int, typer.Option(min=1, help="With --grid: prompts of the workload.")] = 16,
+    hardware: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --validate-plan: what `flexgen-hf profile` wrote, with as many threads.",
+            dir_okay=False,
+            show_default="measured first",
+        ),
+    ] = None,
 ) -> None:
     """Compares throughput with Accelerate's offloading and plain transformers, each run in a process of its own."""
+    if validate_plan:
+        from .validation_command import Asked, validate
+
+        _refuse_given("says nothing to --validate-plan, which makes its own policies", {
+            "--policy": policy, "--batch-size": batch_size, "--num-batches": num_batches, "--overlap": overlap,
+            "--layer-slots": layer_slots, "--max-memory": max_memory, "--host-attention": host_attention,
+            "--write-limit": write_limit, "--device-memory": device_memory, "--link": link,
+        })  # fmt: skip
+        options = Asked(
+            models=model, is_grid=grid, policies=policies, rows=rows, prompt_len=prompt_len, new_tokens=new_tokens,
+            seed=seed, dtype=dtype, threads=threads, device=device, compression=compression, memory_limit=memory_limit,
+            disk_limits=read_limit, time_limit=time_limit, run_seconds=run_seconds, hardware=hardware,
+            repeats=repeats, out=out,
+        )  # fmt: skip
+        folder = _work_folder(work_folder)
+        validate(options, folder, lambda name: _model_folder(name, folder, weights_dtype), lambda r: _tell(r, out))
+        return
+    of_validation = {"--grid": grid or None, "--policies": policies, "--hardware": hardware}
+    _refuse_given("belongs to --validate-plan", of_validation)
+    if model is None:
+        raise PolicyError("MODEL_OR_SHAPE is missing; give a model folder, or a shape such as opt-1.3b")
     from .comparison import Peers, compare, jobs_of, table
     from .limits import Limits
     from .systems import SYSTEMS, Job
     from .trial import Bench
-    from .workload import Workload
+    from .workload import BenchWorkload
 
     names = _words(systems, "--systems", SYSTEMS)
     shares = _policy(
@@ -152,7 +221,7 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     job = Job(
         system="flexgen",
         model=str(weights),
-        workload=Workload(prompt_len, new_tokens, block, seed),
+        workload=BenchWorkload(prompt_len, new_tokens, block, seed),
         dtype=dtype,
         offload_folder=str(folder),
         device=where,
@@ -170,6 +239,13 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     typer.echo(table(records))
     if not any(record["status"] == "ok" for record in records):
         raise FlexGenError("no run came to an end; the lines above say why")
+
+
+def _refuse_given(why: str, options: Mapping[str, Any]) -> None:
+    """Refuses the first of these options that something was said of."""
+    for name, value in options.items():
+        if value is not None:
+            raise PolicyError(f"{name} {why}; leave it out")
 
 
 def _words(text: str, option: str, known: Any) -> list[str]:

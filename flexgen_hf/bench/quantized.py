@@ -29,7 +29,7 @@ def quantized_store(work_folder: str | Path, model_folder: Path, compression: Co
     """
     from conversion.convert import convert
 
-    from ..checkpoints import source_fingerprint
+    from ..checkpoint_files import source_fingerprint
     from ..weights.format import FORMAT_VERSION
     from ..weights.quantized import LAYOUT_VERSION
 

@@ -15,6 +15,9 @@ that: its cache is far too large beside its weights. These are Llamas with as ma
 | OPT-175B | 349 GB | 96 | 0.0073 | 0.0035 |
 | opt-175b-like | 1.364 GB | 96 | 0.0074 | 0.0035 |
 
+`mixtral-0.8b` is a Mixtral of 1.58 GB in 16 bit, of which 1.41 GB are experts: 8 layers of 8 experts, of which a token
+is sent to 2. Its routers' random weights spread tokens over all experts.
+
 What does not scale: hidden states, and all else that a layer computes, are 7 and 16 times as large beside the
 weights as in the original.
 """
@@ -52,7 +55,8 @@ class Shape:
         hidden: elements of a hidden state.
         heads: of queries.
         special: fields of the configuration that differ from those that follow.
-        is_opt: an OPT; otherwise a Llama, whose attention may have fewer heads of keys and values than of queries.
+        is_opt: an OPT; otherwise a Llama, whose attention may have fewer heads of keys and values than of queries, or
+            with experts among the special fields a Mixtral.
     """
 
     layers: int
@@ -77,9 +81,12 @@ class Shape:
 
     def config(self) -> Any:
         """The configuration, a class of transformers."""
-        from transformers import LlamaConfig, OPTConfig
+        from transformers import LlamaConfig, MixtralConfig, OPTConfig
 
-        return OPTConfig(**self.fields()) if self.is_opt else LlamaConfig(**self.fields())
+        if self.is_opt:
+            return OPTConfig(**self.fields())
+        has_experts = "num_local_experts" in self.special
+        return MixtralConfig(**self.fields()) if has_experts else LlamaConfig(**self.fields())
 
 
 def _like(layers: int, hidden: int, heads: int, head_dim: int, intermediate_size: int, vocab_size: int) -> Shape:
@@ -89,6 +96,18 @@ def _like(layers: int, hidden: int, heads: int, head_dim: int, intermediate_size
         "num_key_value_heads": 1,
         "intermediate_size": intermediate_size,
         "vocab_size": vocab_size,
+    }
+    return Shape(layers, hidden, heads, special, is_opt=False)
+
+
+def _mixture(layers: int, hidden: int, heads: int, intermediate_size: int) -> Shape:
+    special = {
+        "num_key_value_heads": heads // 4,
+        "intermediate_size": intermediate_size,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
     }
     return Shape(layers, hidden, heads, special, is_opt=False)
 
@@ -107,6 +126,7 @@ SHAPES: Mapping[str, Shape] = {
     "opt-175b": Shape(96, 12288, 96),
     "opt-30b-like": _like(48, hidden=1024, heads=8, head_dim=128, intermediate_size=3328, vocab_size=7168),
     "opt-175b-like": _like(96, hidden=768, heads=16, head_dim=48, intermediate_size=2528, vocab_size=3112),
+    "mixtral-0.8b": _mixture(8, hidden=1024, heads=8, intermediate_size=3584),
 }
 
 # goes into the names of cached checkpoints: raise it when the same configuration gives other bytes
@@ -122,7 +142,7 @@ def is_shape(text: str) -> bool:
 
 
 def config_of_shape(name: str) -> Any:
-    """The configuration of a shape: an `OPTConfig`, or a `LlamaConfig` for those that are only like an OPT.
+    """The configuration of a shape: an `OPTConfig`, or a `LlamaConfig` or `MixtralConfig` for those that are none.
 
     Args:
         name: one of `SHAPES`, or one with a number of layers, such as `"opt-1.3b:6"`.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import PolicyError
 from ..policy import Compression, Placement, Policy
-from .workload import Workload
+from .workload import BenchWorkload
 
 __all__ = ["SYSTEMS", "DeviceSpec", "Job", "is_ours", "load", "share_in_memory"]
 
@@ -55,7 +55,7 @@ class Job:
 
     system: str
     model: str
-    workload: Workload
+    workload: BenchWorkload
     dtype: str
     offload_folder: str
     device: DeviceSpec = DeviceSpec()
@@ -105,7 +105,7 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """The inverse of `to_json`."""
         fields = json.loads(text)
-        fields["workload"] = Workload(**fields["workload"])
+        fields["workload"] = BenchWorkload(**fields["workload"])
         fields["device"] = DeviceSpec(**fields["device"])
         return cls(**fields)
 

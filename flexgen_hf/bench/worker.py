@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report import peak_rss_bytes
+from ..report import peak_rss_bytes, rss_bytes
 from .systems import DeviceSpec, Job, load
-from .workload import Workload
+from .workload import BenchWorkload
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ def run(job: Job) -> dict[str, Any]:
     Returns:
         `load_s`, `prefill_s` (from the call of generate to the first token), `decode_s` (from there to the last one),
         `token_s` (since the token before, the first one's is `prefill_s`), `decode_sweep_s` (median of those after the
-        first; 0 where there is none), `tokens_per_s`, `peak_rss_bytes`, `threads` (of torch),
+        first; 0 where there is none), `tokens_per_s`, `peak_rss_bytes`, `rss_before_bytes` (resident before the model
+        was loaded), `threads` (of torch),
         `disk_read_bytes` and `disk_write_bytes` (that the process had the disks move while generating, 0 where the
         system does not say), `tokens_sha256` (of all new tokens), `row_sha256` (of each row's, shortened), for flexgen
         its `report`, and for the emulated device `device_use`: its peak, and the bytes and busy seconds of its links
@@ -61,6 +62,7 @@ def run(job: Job) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     device = _device(job.device)
     _warm_up(job)
+    before_loading = rss_bytes()
     started = time.perf_counter()
     with load(job) as model:
         load_s = time.perf_counter() - started
@@ -90,6 +92,7 @@ def run(job: Job) -> dict[str, Any]:
         "decode_sweep_s": statistics.median(token_s[1:] or [0.0]),
         "tokens_per_s": job.workload.tokens / at[-1],
         "peak_rss_bytes": peak_rss_bytes(),
+        "rss_before_bytes": before_loading,
         "threads": torch.get_num_threads(),
         "tokens_sha256": hashlib.sha256(b"".join(rows)).hexdigest(),
         "row_sha256": [hashlib.sha256(row).hexdigest()[:12] for row in rows],
@@ -120,7 +123,7 @@ def _warm_up(job: Job) -> None:
     dtype: torch.dtype = getattr(torch, job.dtype)
     config = config_of_shape("tiny")
     tiny: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    tiny.eval().generate(**Workload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
+    tiny.eval().generate(**BenchWorkload(8, 2, 4).prompts(config.vocab_size, 1), max_new_tokens=2, pad_token_id=1)
     if job.compression:
         _warm_up_kernels(dtype)
 

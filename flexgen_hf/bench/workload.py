@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from ..errors import PolicyError
@@ -10,14 +11,14 @@ from ..errors import PolicyError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Workload"]
+__all__ = ["BenchWorkload"]
 
 # below are the special tokens of the models that we measure
 _FIRST_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class BenchWorkload:
     """One call of `generate`: greedy, no token ends a text.
 
     Args:
@@ -46,6 +47,22 @@ class Workload:
         """New tokens in all."""
         return self.rows * self.new_tokens
 
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt, padding left out."""
+        import torch
+
+        return tuple(self._length(row, torch.Generator()) for row in range(self.rows))
+
+    def _length(self, row: int, generator: torch.Generator) -> int:
+        """Tokens of a prompt, the first thing that is drawn from a generator, which this seeds."""
+        import torch
+
+        generator.manual_seed(self.seed * 1_000_003 + row)
+        shortest = (self.prompt_len + 1) // 2
+        drawn = int(torch.randint(shortest, self.prompt_len + 1, (), generator=generator))
+        return drawn if row else self.prompt_len
+
     def prompts(self, vocab_size: int, pad_token: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask`, (rows, prompt_len). The first row is as long as prompts get."""
         import torch
@@ -53,10 +70,8 @@ class Workload:
         ids = torch.full((self.rows, self.prompt_len), pad_token)
         mask = torch.zeros_like(ids)
         for row in range(self.rows):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + row)
-            shortest = (self.prompt_len + 1) // 2
-            drawn = int(torch.randint(shortest, self.prompt_len + 1, (), generator=generator))
-            length = drawn if row else self.prompt_len
+            generator = torch.Generator()
+            length = self._length(row, generator)
             first = min(_FIRST_TOKEN, vocab_size - 1)
             ids[row, -length:] = torch.randint(first, vocab_size, (length,), generator=generator)
             mask[row, -length:] = 1

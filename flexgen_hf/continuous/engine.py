@@ -54,7 +54,8 @@ class Engine:
         account: refuses what does not fit.
         block: makes and moves cells.
         generate: transformers' `generate` of the model.
-        geometry: heads, head_dim and dtype of keys and values; None if that is only known once they are computed.
+        geometry: heads and width of keys, of values, and their dtype; None if that is only known once they are
+            computed.
         context: tokens that a text may have at most; None if there is no saying.
     """
 
@@ -62,7 +63,7 @@ class Engine:
     account: Account
     block: OpenBlock
     generate: Callable[..., Any]
-    geometry: tuple[int, int, torch.dtype] | None
+    geometry: tuple[tuple[int, int], tuple[int, int], torch.dtype] | None
     context: int | None
 
 
@@ -339,7 +340,7 @@ class ContinuousBatches:
             return child
         try:
             for cell in child.cells:
-                cell.allocate(rows, geometry[:2], geometry[:2], geometry[2])
+                cell.allocate(rows, *geometry)
         except BaseException:
             self._drop(child)
             raise

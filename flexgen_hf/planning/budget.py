@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from ..policy import Placement, Policy, Tier
+from ..policy import Compression, Placement, Policy, Tier
 from .placement import assign
 from .schedule import Rings
 
@@ -22,6 +22,7 @@ __all__ = [
     "EXCHANGE_BYTES",
     "PAGE",
     "PINNED_BYTES",
+    "ROWS_AT_ONCE",
     "TILE_BYTES",
     "Call",
     "Demand",
@@ -29,11 +30,13 @@ __all__ = [
     "ModelSizes",
     "Need",
     "alternatives",
+    "attends_kept",
     "difference",
     "fits",
     "largest",
     "pages",
     "rings_of",
+    "room_for",
     "totals",
 ]
 
@@ -50,6 +53,10 @@ EXCHANGE_BYTES = 2 << 20
 
 #: the largest tile of what is cast where it is multiplied (`tiles.TileCast`)
 TILE_BYTES = 8 << 20
+
+#: tokens that an expert is multiplied with at a time, if a micro-batch does not have more: the weights are gone through
+#: once for as many, so fewer would cost time; more would take room for activations (`experts`)
+ROWS_AT_ONCE = 64
 
 #: pinned buffers of an accelerator's links, all together (`storage.pinned`)
 PINNED_BYTES = 16 << 20
@@ -90,13 +97,18 @@ class ModelSizes:
         key_size: key heads x head_dim; None if the configuration does not say it.
         num_heads: query heads.
         vocab_size: rows of the head's table.
+        value_size: as `key_size`, of values; None if they are as large as keys.
+        windows: of each layer its sliding window, or None; none at all if no layer has one.
         itemsize: bytes of an element in compute.
         kept_key_bytes: of a token's keys of one row at home; None if they are kept as compute uses them.
+        kept_value_bytes: of its values; None if they take as many as keys.
         attends_kept: on a CPU, attention takes cells as they are kept.
         casts_head: the head's table is kept in another dtype than that of compute, and cast tile by tile.
         makes_masks_late: with several micro-batches, masks are made where a layer attends.
         reads_once: with several micro-batches, embeddings are dropped after the first layer, and of what the last one
             returned all but the head's input.
+        waits_for_experts: all micro-batches of a block wait at a layer's router for its experts, one of which is
+            computed at a time.
     """
 
     num_layers: int
@@ -108,10 +120,14 @@ class ModelSizes:
     vocab_size: int
     itemsize: int
     kept_key_bytes: int | None = None
+    kept_value_bytes: int | None = None
+    value_size: int | None = None
+    windows: tuple[int | None, ...] = ()
     attends_kept: bool = False
     casts_head: bool = False
     makes_masks_late: bool = False
     reads_once: bool = False
+    waits_for_experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +150,7 @@ class Call:
         keeps_hidden: hidden states of all layers are returned.
         keeps_attention: attention weights of all layers are returned.
         has_loss: a loss is computed from the logits.
+        keeps_past: cells of sliding layers keep what is out of their window, so that tokens can be taken back.
         micro_batches: rows of each, where a cache that is given says so and not the policy.
     """
 
@@ -152,6 +169,7 @@ class Call:
     keeps_hidden: bool = False
     keeps_attention: bool = False
     has_loss: bool = False
+    keeps_past: bool = False
     micro_batches: tuple[int, ...] = ()
 
     def in_block(self, policy: Policy) -> Call:
@@ -205,7 +223,10 @@ class Demand:
         R T T s where attention is eager); 48 bytes of ids and positions for each token that a row can get. A layer,
         whichever is larger: attention, r T s (2h + 5q + 2k) and the mask in the dtype of compute, r T T s, or where
         attention is eager a head's scores, r T T (2s, in 16 bit s + 8) each; the MLP, r T s (2h + f); a norm that
-        computes in float32, r T h (2s + 12).
+        computes in float32, r T h (2s + 12). While a block waits for experts, it holds R T h (3s + 4, in float64 4s) on
+        top: what was added up so far, what the router saw, and what experts gave; and another R T h s where hidden
+        states are parked elsewhere. An expert is computed for r T tokens at a time, at least for `ROWS_AT_ONCE`, as
+        m of them: m s (3h + f).
 
         *logits*: 2s + 8 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
         in float32, those of the last token too, which its loop names until the next are there), 12 more with beams and
@@ -242,9 +263,10 @@ class Demand:
         held = dict.fromkeys(Tier, 0)
         staging = working = 0
         for cell, home in homes.items():
-            rows = batches[cell[1]]
-            kept = 2 * pages(rows * call.capacity * self._kept)
-            seen = 2 * pages(rows * call.capacity * shape.key_size * shape.itemsize)
+            window = shape.windows[cell[0]] if shape.windows and not call.keeps_past else None
+            places = batches[cell[1]] * room_for(call.capacity, window)
+            kept = sum(pages(places * size) for size in self._kept)
+            seen = sum(pages(places * size * shape.itemsize) for size in self._sizes)
             held[home] += kept
             if home is Tier.DISK:
                 staging = max(staging, kept)
@@ -260,7 +282,7 @@ class Demand:
             yield from self._exchange(call, list(homes.values()))
 
     def _exchange(self, call: Call, homes: Collection[Tier]) -> Iterator[Need]:
-        token = call.rows * self._kept
+        token = call.rows * max(self._kept)
         on_disk = Tier.DISK in homes
         # on disk, blocks begin on pages: of a number of tokens that is a power of two, at most 4096
         largest = max(EXCHANGE_BYTES, token * (PAGE if on_disk else 1))
@@ -272,10 +294,18 @@ class Demand:
             yield Need(Tier.HOST, block, "cache scratch")
 
     @property
-    def _kept(self) -> int:
-        """Bytes of a token's keys of one row at home; its values take as many."""
-        kept = self.shape.kept_key_bytes
-        return (self.shape.key_size or 0) * self.shape.itemsize if kept is None else kept
+    def _sizes(self) -> tuple[int, int]:
+        """Elements of a token's keys, and of its values."""
+        key, value = self.shape.key_size or 0, self.shape.value_size
+        return key, key if value is None else value
+
+    @property
+    def _kept(self) -> tuple[int, int]:
+        """Bytes of a token's keys of one row at home, and of its values."""
+        key, value = self.shape.kept_key_bytes, self.shape.kept_value_bytes
+        if key is None:
+            key, value = (size * self.shape.itemsize for size in self._sizes)
+        return key, key if value is None else value
 
     def _hidden(self, policy: Policy, call: Call, batches: Sequence[int]) -> Iterator[Need]:
         """Homes of hidden states that are not where compute leaves them, and the buffers that they pass through."""
@@ -310,13 +340,20 @@ class Demand:
         if call.keeps_attention:
             held += parts * shape.num_layers * shape.num_heads * rows * tokens * (call.past + tokens) * size
         held += 2 * rows * tokens * size * shape.query_size // shape.num_heads
+        if shape.waits_for_experts:
+            held += rows * tokens * shape.hidden_size * ((3 if near >= 1 else 4) * size + max(4, size))
         held += masked * tokens * (call.past + tokens) * (size if call.eager else 1) + 48 * rows * call.capacity
         scores = shape.num_heads * (2 * size if size >= 4 else size + 8) if call.eager else size
         attention = tokens * (2 * shape.hidden_size + 5 * shape.query_size + 2 * key) * size
         attention += tokens * (call.past + tokens) * scores
         mlp = tokens * (2 * shape.hidden_size + shape.inner_size) * size
         norm = tokens * shape.hidden_size * (2 * size + 12) if size < 4 else 0
-        return int(held + at_once * max(attention, mlp, norm))
+        experts = (
+            max(ROWS_AT_ONCE, at_once * tokens) * (3 * shape.hidden_size + shape.inner_size) * size
+            if shape.waits_for_experts
+            else 0
+        )
+        return int(held + max(at_once * max(attention, mlp, norm), experts))
 
     def _logits(self, call: Call) -> int:
         shape = self.shape
@@ -328,6 +365,27 @@ class Demand:
         return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
 
 
+def room_for(tokens: int, window: int | None) -> int:
+    """For how many of `tokens` tokens a cell has room.
+
+    With a window, for those that the next token sees, and for an eighth of them more. When these are used up, the
+    window is moved to the front: eight tokens for each new one.
+    """
+    return tokens if window is None else min(tokens, max(1, window - 1) + max(1, window // 8))
+
+
+def attends_kept(compression: Compression, *, direct: bool, is_plain: bool) -> bool:
+    """Whether attention takes cells as they are kept, so that nothing is unpacked into slots: the one rule for it.
+
+    Args:
+        compression: how cells are kept.
+        direct: compute works in host memory.
+        is_plain: the model's attention is scaled dot products of what the cache returns, through transformers'
+            interface, and its code does nothing else with that.
+    """
+    return direct and is_plain and compression.groups_cache
+
+
 def pages(nbytes: int) -> int:
     """Bytes of the whole pages that hold so many."""
     return -(-nbytes // PAGE) * PAGE
@@ -335,7 +393,9 @@ def pages(nbytes: int) -> int:
 
 def rings_of(policy: Policy) -> Rings:
     """How many reused buffers a policy takes."""
-    return Rings(layers=policy.layer_slots) if policy.overlap else Rings(layers=1, cache=1, hidden=1)
+    if not policy.overlap:
+        return Rings(layers=1, cache=1, hidden=1, experts=1)
+    return Rings(layers=policy.layer_slots, experts=policy.layer_slots + 1)
 
 
 def totals(needs: Sequence[Need]) -> dict[Tier, int]:

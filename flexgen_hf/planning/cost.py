@@ -11,22 +11,35 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import PolicyError
-from ..policy import Policy, Tier
-from .budget import Call, Demand, Limit, rings_of
+from ..policy import Compression, Policy, Tier
+from .budget import Call, Demand, Limit, ModelSizes, rings_of
 from .hardware import Hardware
-from .layout import PlannedTensor, WeightLayout, tensors_of
+from .layout import Piece, PlannedTensor, WeightLayout, tensors_of
 from .placement import assign
-from .schedule import Lane, Route, Step, Traffic, What
+from .schedule import Choose, Lane, Route, Step, Traffic, What
 from .shape import LayerShape, ModelShape
 
-__all__ = ["Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "crossed", "limits_of", "predict"]
+__all__ = [
+    "Known", "Lanes", "PlannedRun", "Prediction", "Sweep", "Workload", "call_of", "crossed", "limits_of", "predict",
+]  # fmt: skip
 
 #: seconds of each lane
 Lanes = dict[Lane, float]
+
+# Results of a token in a layer, of its hidden size: two norms, queries (scaled), keys, values, attention (put in
+# order), two projections, two sums; and of its inner size: the first product and its activation.
+_RESULTS = 12
+_INNER_RESULTS = 2
+
+# Logits are cast or copied to float32 and read for the largest.
+_LOGITS_PASSES = 3
+
+_GOLDEN = 0.6180339887
 
 # What embeds a micro-batch's tokens goes through their states a few times.
 _EMBEDDING_PASSES = 4
@@ -42,14 +55,16 @@ class Workload:
         prompt_len: tokens of each prompt.
         gen_len: tokens written after each.
         num_prompts: how many prompts there are; None for as many as a block takes.
+        lengths: tokens of each prompt without its padding, where they are known: the first ones are those of a block.
 
     Raises:
-        PolicyError: a number below 1.
+        PolicyError: a number below 1, or a prompt that is longer than they are said to be.
     """
 
     prompt_len: int
     gen_len: int
     num_prompts: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("prompt_len", "gen_len", "num_prompts"):
@@ -58,6 +73,38 @@ class Workload:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PolicyError(f"workload: {field}={value!r} must be a whole number of at least 1")
+        if self.lengths and not 1 <= min(self.lengths) <= max(self.lengths) <= self.prompt_len:
+            raise PolicyError(f"workload: lengths are not all from 1 to prompt_len={self.prompt_len}")
+
+    def paddings(self, batches: Sequence[int]) -> list[int]:
+        """Columns on the left that are padding in all rows of a micro-batch, prompts being in order of their lengths.
+
+        Args:
+            batches: rows of each micro-batch.
+        """
+        rows = sum(batches)
+        if len(batches) == 1 or len(self.lengths) < rows:
+            return [0] * len(batches)
+        lengths = sorted(self.lengths[:rows], reverse=True)
+        firsts = itertools.accumulate(batches[:-1], initial=0)
+        return [self.prompt_len - lengths[first] for first in firsts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a model and a call that are there, beyond what a configuration and a workload say.
+
+    Args:
+        tensors: the model's weights under a compression.
+        sizes: what decides how much memory a call takes, under a compression.
+        pinned: the links of the device need pinned memory; None if they do wherever there are links.
+        call: with all its rows; None for a plain one of the workload.
+    """
+
+    tensors: Callable[[Compression], Sequence[PlannedTensor]] | None = None
+    sizes: Callable[[Compression], ModelSizes] | None = None
+    pinned: bool | None = None
+    call: Call | None = None
 
 
 class Sweep(NamedTuple):
@@ -110,6 +157,11 @@ class Prediction:
         return max(self.prefill_lanes, key=lambda lane: self.prefill_lanes[lane])
 
     @property
+    def decode_bottleneck(self) -> Lane:
+        """The lane that is busiest afterwards."""
+        return max(self.decode_lanes, key=lambda lane: self.decode_lanes[lane])
+
+    @property
     def bottleneck(self) -> Lane:
         """The lane that is busiest in all."""
         return max(Lane, key=lambda lane: self.prefill_lanes[lane] + self.decode_lanes[lane])
@@ -123,7 +175,7 @@ class PlannedRun:
         hardware: the machine.
         policy: placements and block.
         workload: what is to be generated.
-        tensors: its weights, where more is known of them than the shape says.
+        known: of a model that is there.
         pieces: see `WeightLayout`.
     """
 
@@ -134,18 +186,20 @@ class PlannedRun:
         policy: Policy,
         workload: Workload,
         *,
-        tensors: Sequence[PlannedTensor] | None = None,
+        known: Known = Known(),
         pieces: int | None = 8,
     ) -> None:
         self.shape, self.hardware, self.policy, self.workload = shape, hardware, policy, workload
-        self.tensors = tensors_of(shape, policy.compression) if tensors is None else tensors
+        self.tensors = (known.tensors or functools.partial(tensors_of, shape))(policy.compression)
         self.direct = hardware.direct
         self.rings = rings_of(policy)
-        self.call = call_of(policy, workload)
+        self.call = call_of(policy, workload) if known.call is None else known.call.in_block(policy)
         self.batches = self.call.batches(policy)
-        sizes = shape.sizes(policy.compression, direct=self.direct)
-        self.casts, self._attends_kept = sizes.kept_key_bytes is not None, sizes.attends_kept
-        self._max_pieces = pieces
+        self.paddings = workload.paddings(self.batches)
+        self._sizes = (known.sizes or functools.partial(shape.sizes, direct=self.direct))(policy.compression)
+        self._pinned = known.pinned if known.pinned is not None else not self.direct
+        self.casts, self._attends_kept = self._sizes.kept_key_bytes is not None, self._sizes.attends_kept
+        self._max_pieces, self._is_exact = pieces, known.tensors is not None
 
     @functools.cached_property
     def cells(self) -> dict[tuple[int, int], Tier]:
@@ -168,6 +222,7 @@ class PlannedRun:
             num_stages=len(self.shape.layers) + 2,
             direct=self.direct,
             pieces=self._max_pieces,
+            exact=self._is_exact,
         )
 
     # ---------------------------------------------------------------------------------------------------- what moves
@@ -208,7 +263,24 @@ class PlannedRun:
             hidden=tuple(self.hidden_route(home) for home in self.hidden),
             fresh_cache=fresh,
             tied=self.shape.tied,
+            sparse=frozenset(stage for stage, experts in enumerate(self.layout.experts) if experts),
         )
+
+    def chosen(self, stage: int, batches: int, sweep: Sweep) -> list[int]:
+        """The experts that the first so many micro-batches are expected to choose, spread evenly over the tiers."""
+        count = self.shape.layers[stage - 1].chosen_experts(sum(self.batches[:batches]) * sweep.tokens)
+        # multiples of the golden ratio spread evenly, however many of them one takes
+        return sorted(self.layout.experts[stage], key=lambda expert: expert * _GOLDEN % 1)[:count]
+
+    def chooser(self, sweep: Sweep) -> Choose:
+        """What each micro-batch of a sweep is expected to choose that none before it did."""
+
+        def choose(stage: int, batch: int) -> list[tuple[int, tuple[Route, ...]]]:
+            known = len(self.chosen(stage, batch, sweep))
+            fresh = self.chosen(stage, batch + 1, sweep)[known:]
+            return [(e, tuple(piece.route for piece in self.layout.experts[stage][e])) for e in fresh]
+
+        return choose
 
     # -------------------------------------------------------------------------------------------- seconds of one step
     def seconds(self, step: Step, sweep: Sweep) -> float:
@@ -216,16 +288,28 @@ class PlannedRun:
         _, lane, what, stage, batch, piece = step.id
         if what is What.STAGE:
             return self._computed(stage, batch, sweep)
-        if what is What.WEIGHTS:
-            return self._weights_s(lane, stage, piece)
+        if what is What.REST:
+            return self.hardware.compute_s / 4
+        if what is What.EXPERT and lane is Lane.COMPUTE:
+            return self.expert_s(stage, sweep)
+        if what in (What.WEIGHTS, What.EXPERT):
+            pieces = self.layout.stages[stage] if what is What.WEIGHTS else self.layout.experts[stage][batch]
+            return self._weights_s(lane, pieces[piece])
+        sweep = self.without_padding(sweep, self.paddings[batch])
         if what is What.CACHE:
             return self.cell_s(
                 lane, self.shape.layers[stage - 1], self.batches[batch], self.cells[stage - 1, batch], sweep
             )
         return self.hidden_s(lane, self.batches[batch], sweep)
 
-    def _weights_s(self, lane: Lane, stage: int, piece: int) -> float:
-        moved = self.layout.stages[stage][piece]
+    @staticmethod
+    def without_padding(sweep: Sweep, padding: int) -> Sweep:
+        """What of a sweep a micro-batch computes, and what of it is in its cells."""
+        if not padding:
+            return sweep
+        return Sweep(sweep.tokens, sweep.past - padding) if sweep.past else Sweep(sweep.tokens - padding, 0)
+
+    def _weights_s(self, lane: Lane, moved: Piece) -> float:
         if lane is Lane.DISK_TO_HOST:
             return self._moved_s(lane, moved.read)
         crossed = self._moved_s(lane, moved.pushed)
@@ -247,7 +331,7 @@ class PlannedRun:
 
     def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> int:
         """Tokens of a cell that pass a lane, of all its rows."""
-        return rows * (layer.attended(sweep.past) if lane in _LOADS else sweep.tokens)
+        return rows * layer.attended(sweep.past if lane in _LOADS else sweep.tokens)
 
     def hidden_s(self, lane: Lane, rows: int, sweep: Sweep) -> float:
         """Hidden states of a micro-batch across one link."""
@@ -272,32 +356,89 @@ class PlannedRun:
         return elements / self.hardware.pack_elements_per_s
 
     def _computed(self, stage: int, batch: int, sweep: Sweep) -> float:
+        if batch >= 0:
+            sweep = self.without_padding(sweep, self.paddings[batch])
         if stage == 0:
             return self.embedding_s(self.batches[batch], sweep)
         if stage == len(self.shape.layers) + 1:
             return self.head_s()
-        return self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
+        begun = self.hardware.stage_s if batch == 0 and self.layout.stages[stage] else 0.0
+        return begun + self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
 
     def embedding_s(self, rows: int, sweep: Sweep) -> float:
         """The embedding of a micro-batch."""
         size = rows * sweep.tokens * self.shape.hidden_size * self.shape.itemsize
-        return self.hardware.compute_s / 4 + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
+        return (
+            self.hardware.forward_s or self.hardware.compute_s / 4
+        ) + _EMBEDDING_PASSES * size / self.hardware.memory_bytes_per_s
 
     def head_s(self) -> float:
         """The head for the last token of all rows."""
         table, rows = self.shape.head.elements, sum(self.batches)
-        late = self.layout.late[0 if self.shape.tied else -1]
-        return self._product_s(table, table, rows) + late / self.hardware.upcast_bytes_per_s
+        late = self.layout.late[0 if self.shape.tied else -1] / self.shape.stored_itemsize
+        return self._products_s(table, table, rows, late)
 
     def layer_s(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> float:
-        """A decoder layer for a micro-batch whose cell has this home."""
+        """A decoder layer, experts left out, for a micro-batch whose cell has this home."""
         layer, tokens = self.shape.layers[stage - 1], rows * sweep.tokens
-        products = self._product_s(layer.used_elements, layer.touched_elements(tokens), tokens)
-        late = self.layout.late[stage] / self.hardware.upcast_bytes_per_s
-        late += self._unpacked_s(self.layout.late_unpacked[stage])
-        work = products + late + self.attention_s(layer, rows, home, sweep)
+        late = self.layout.late[stage] / self.shape.stored_itemsize
+        shared = layer.shared_elements
+        products = self._products_s(shared, shared, tokens, late, self.layout.late_unpacked[stage])
+        work = products + self._passes_s(tokens) + self.attention_s(layer, rows, home, sweep)
         # what a CPU's thread does beside its products takes time of its own; a device is told ahead what to do next
         return work + self.hardware.compute_s if self.direct else max(work, self.hardware.compute_s)
+
+    @property
+    def between_s(self) -> float:
+        """What happens between two sweeps: a copy of the logits is looked through for the next tokens."""
+        size = sum(self.batches) * self.shape.vocab_size * 4
+        return self.hardware.sweep_s + _LOGITS_PASSES * size / self.hardware.memory_bytes_per_s
+
+    def _products_s(self, used: float, touched: float, rows: int, late: float, packed: float = 0.0) -> float:
+        """Products of so many rows with matrices, some of which are made tile by tile for it.
+
+        Args:
+            used: elements that a row is multiplied with.
+            touched: elements that are read.
+            rows: how many there are.
+            late: elements that are kept in another type than that of compute.
+            packed: elements that are kept in few bits.
+        """
+        near = max(0.0, 1.0 - (late + packed) / touched) if touched else 1.0
+        seconds = self._product_s(used * near, touched * near, rows)
+        for elements, tiled, made_s in (
+            (late, self.hardware.cast_flops, late * self.shape.stored_itemsize / self.hardware.upcast_bytes_per_s),
+            (packed, self.hardware.packed_flops, self._unpacked_s(packed) / self.hardware.threads),
+        ):
+            share = min(1.0, elements / touched) if touched else 0.0
+            if tiled is not None and self.shape.dtype == "float32":
+                seconds += 2.0 * used * share * rows / tiled.at(rows)
+            else:
+                seconds += made_s + self._product_s(used * share, touched * share, rows)
+        return seconds
+
+    def _passes_s(self, tokens: int) -> float:
+        """What of a layer goes through hidden states element by element, results into new memory, and cells."""
+        speed = self.hardware.element_bytes_per_s
+        if speed is None:
+            return 0.0
+        width = self.shape.sizes(self.policy.compression, direct=self.direct).inner_size
+        kept = self.shape.cache_elements(1)
+        results = _RESULTS * self.shape.hidden_size + _INNER_RESULTS * width + kept
+        size = tokens * self.shape.itemsize
+        return 2.0 * results * size / speed.at(size * self.shape.hidden_size)
+
+    def expert_s(self, stage: int, sweep: Sweep) -> float:
+        """One of the experts that a block chooses, for the tokens that choose it."""
+        layer, tokens = self.shape.layers[stage - 1], sum(self.batches) * sweep.tokens
+        choices = tokens * layer.experts[0].used * layer.num_experts
+        rows = max(1, round(choices / max(1, layer.chosen_experts(tokens))))
+        elements, late, packed = layer.expert_elements, 0.0, 0.0
+        if self.direct and self.policy.compression.weights is not None:
+            packed = elements
+        elif self.direct and self.shape.stored_itemsize != self.shape.itemsize:
+            late = elements
+        return self._products_s(elements, elements, rows, late, packed) + self.hardware.compute_s / 4
 
     def _product_s(self, used: float, touched: float, rows: int) -> float:
         """Products of so many rows with matrices: no faster than these are read."""
@@ -312,10 +453,13 @@ class PlannedRun:
             return computed
         seen = rows * self.shape.cache_elements(layer.attended(sweep.past + sweep.tokens))
         if not self.stays(home):
-            return max(computed, seen * self.shape.itemsize / self.hardware.attention_bytes_per_s)
+            is_moved = self.casts or home is Tier.DISK or (not self.direct and home is Tier.HOST)
+            speed = self.hardware.moved_attention_bytes_per_s if is_moved else 0.0
+            return max(computed, seen * self.shape.itemsize / (speed or self.hardware.attention_bytes_per_s))
         if self._attends_kept:  # products are hidden behind unpacking
             added = self.shape.cache_elements(rows * sweep.tokens)
-            return max(computed, self._repacked_s(seen, is_load=True)) + self._repacked_s(added, is_load=False)
+            speed = self.hardware.packed_attention_elements_per_s or self.hardware.unpack_elements_per_s
+            return max(computed, seen / speed) + self._repacked_s(added, is_load=False)
         crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
         there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
         unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0
@@ -331,29 +475,58 @@ class PlannedRun:
     # ------------------------------------------------------------------------------------------------- in closed form
     def lanes(self, sweep: Sweep) -> Lanes:
         """Seconds at work of each lane in one sweep."""
-        lanes = self.weight_lanes(is_first=not sweep.past)
-        for (stage, rows, home), count in self._kinds_of_cells.items():
-            for lane, seconds in self.cell_lanes(stage, rows, home, sweep).items():
+        lanes = self.weight_lanes(sweep)
+        for (stage, rows, padding, home), count in self._kinds_of_cells.items():
+            own = self.without_padding(sweep, padding)
+            for lane, seconds in self.cell_lanes(stage, rows, home, own).items():
                 lanes[lane] += count * seconds
-        for rows, home in zip(self.batches, self.hidden, strict=True):
-            lanes[Lane.COMPUTE] += self.embedding_s(rows, sweep)
-            for lane, seconds in self.hidden_lanes(rows, home, sweep).items():
+        for rows, padding, home in zip(self.batches, self.paddings, self.hidden, strict=True):
+            own = self.without_padding(sweep, padding)
+            lanes[Lane.COMPUTE] += self.embedding_s(rows, own)
+            for lane, seconds in self.hidden_lanes(rows, home, own).items():
                 lanes[lane] += seconds
         lanes[Lane.COMPUTE] += self.head_s()
         return lanes
 
-    def weight_lanes(self, *, is_first: bool) -> Lanes:
-        """Seconds of each lane for all weights; a table that embedding and head share only in the first sweep."""
+    def pieces(self, sweep: Sweep) -> Mapping[Piece, int]:
+        """The pieces of weights that move in a sweep, and how many there are of each kind.
+
+        A table that embedding and head share is among them in the first sweep only, and of experts those that a block
+        is expected to choose.
+        """
+        counts: collections.Counter[Piece] = collections.Counter()
+        for pieces in self.layout.stages[1 if self.shape.tied and sweep.past else 0 :]:
+            counts.update(pieces)
+        for stage, experts in enumerate(self.layout.experts):
+            for expert in self.chosen(stage, len(self.batches), sweep) if experts else ():
+                counts.update(experts[expert])
+        return counts
+
+    def weight_lanes(self, sweep: Sweep) -> Lanes:
+        """Seconds of each lane for all weights that a sweep needs, and of the products with experts."""
         lanes = dict.fromkeys(Lane, 0.0)
-        skipped = 1 if self.shape.tied and not is_first else 0
-        for stage, pieces in list(enumerate(self.layout.stages))[skipped:]:
-            for piece, count in collections.Counter(pieces).items():
-                number = pieces.index(piece)
-                if piece.read:
-                    lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, stage, number)
-                if piece.pushes:
-                    lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, stage, number)
+        lanes[Lane.COMPUTE] = self.hardware.stage_s * sum(map(bool, self.layout.stages[1:-1]))
+        for stage, experts in enumerate(self.layout.experts):
+            if experts:
+                rest = len(self.batches) * self.hardware.compute_s / 4
+                count = len(self.chosen(stage, len(self.batches), sweep))
+                lanes[Lane.COMPUTE] += count * self.expert_s(stage, sweep) + rest
+        for piece, count in self.pieces(sweep).items():
+            if piece.read:
+                lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, piece)
+            if piece.pushes:
+                lanes[Lane.HOST_TO_DEVICE] += count * self._weights_s(Lane.HOST_TO_DEVICE, piece)
         return lanes
+
+    @functools.cached_property
+    def pushed_between_layers_s(self) -> float:
+        """Seconds of the link for the weights of all layers but the first, which crosses it while others work."""
+        return sum(
+            self._weights_s(Lane.HOST_TO_DEVICE, piece)
+            for pieces in self.layout.stages[2:-1]
+            for piece in pieces
+            if piece.pushes
+        )
 
     def cell_lanes(self, stage: int, rows: int, home: Tier, sweep: Sweep) -> Lanes:
         """Seconds of each lane for one layer of a micro-batch and its cell."""
@@ -368,11 +541,12 @@ class PlannedRun:
         return {lane: between * self.hidden_s(lane, rows, sweep) for lane in crossed(self.hidden_route(home))}
 
     @functools.cached_property
-    def _kinds_of_cells(self) -> dict[tuple[int, int, Tier], int]:
+    def _kinds_of_cells(self) -> dict[tuple[int, int, int, Tier], int]:
         """How many cells there are of each kind; layers that are alike stand for each other."""
         numbers = self.kinds_of_layers
         return collections.Counter(
-            (numbers[layer], self.batches[batch], home) for (layer, batch), home in self.cells.items()
+            (numbers[layer], self.batches[batch], self.paddings[batch], home)
+            for (layer, batch), home in self.cells.items()
         )
 
     @functools.cached_property
@@ -394,8 +568,7 @@ class PlannedRun:
     @functools.cached_property
     def demand(self) -> Demand:
         """What the model takes; of weights, what this policy takes."""
-        sizes = self.shape.sizes(self.policy.compression, direct=self.direct)
-        return Demand(sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=not self.direct)
+        return Demand(self._sizes, lambda _: self.layout.needs(self.rings), direct=self.direct, pinned=self._pinned)
 
     @functools.cached_property
     def peak_bytes(self) -> dict[Tier, int]:
@@ -415,18 +588,27 @@ def limits_of(hardware: Hardware) -> list[Limit]:
 
 
 def predict(run: PlannedRun) -> Prediction:
-    """In closed form: in each sweep the busiest lane hides all others, or without overlap they add up."""
+    """In closed form: in each sweep the busiest lane hides all others, or the cores that they share are busiest.
+
+    Without overlap, seconds add up. With room for one layer, its weights cross the link when the layer before is
+    computed, so these two add up as well.
+    """
     prefill, decode = run.sweeps()
     steps = run.workload.gen_len - 1
     of_prefill = run.lanes(prefill)
     of_decode = {lane: steps * s for lane, s in run.lanes(decode).items()} if decode else dict.fromkeys(Lane, 0.0)
-    combine: Callable[[Lanes], float] = (
-        (lambda lanes: max(lanes.values())) if run.policy.overlap else (lambda lanes: sum(lanes.values()))
-    )
-    between = run.hardware.sweep_s
+
+    pushed = run.pushed_between_layers_s if run.rings.layers == 1 else 0.0
+
+    def ends(lanes: Lanes, sweeps: int) -> float:
+        if not run.policy.overlap:
+            return sum(lanes.values())
+        return max(*lanes.values(), run.hardware.shared_s(lanes), lanes[Lane.COMPUTE] + sweeps * pushed)
+
+    between = run.between_s
     return Prediction(
-        prefill_s=combine(of_prefill) + between,
-        decode_s=combine(of_decode) + steps * between,
+        prefill_s=ends(of_prefill, 1) + between,
+        decode_s=ends(of_decode, steps) + steps * between,
         rows=sum(run.batches),
         gen_len=run.workload.gen_len,
         peak_bytes=run.peak_bytes,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -59,6 +60,10 @@ class Curve:
                 return round(math.exp(math.log(slow) + share * math.log(fast / slow)), 6)
         return points[-1][1]
 
+    def at_most(self, speed: float) -> Curve:
+        """The same curve with no point above a speed."""
+        return Curve(tuple((size, min(own, speed)) for size, own in self.points))
+
     @property
     def best(self) -> float:
         """The highest speed."""
@@ -89,15 +94,28 @@ class Hardware:
         memory_bytes_per_s: the device's own memory.
         attention_flops: products of attention over a prompt, on the device.
         attention_bytes_per_s: keys and values that attention of single tokens goes through on the device.
+        moved_attention_bytes_per_s: the same of cells that are not kept where and as they are attended to, which lie
+            token by token; 0 if that is not known.
         host_attention_bytes_per_s: the same on the host; 0 if that is not known.
-        upcast_bytes_per_s: 16-bit weights that are cast for compute in 32 bit.
+        upcast_bytes_per_s: 16-bit weights that are cast for compute in 32 bit, by a lane.
         unpack_elements_per_s: elements of 4 bits that are unpacked where compute is.
         pack_elements_per_s: elements that are packed into 4 bits there.
+        cast_flops: products in 32 bit with 16-bit matrices, cast tile by tile for it, by rows; None if it is not known.
+        packed_flops: the same with matrices in 4 bits.
+        packed_attention_elements_per_s: keys and values in 4 bits that attention of single tokens goes through; 0 if
+            that is not known.
+        element_bytes_per_s: read and written where hidden states are gone through element by element and each result
+            is put into new memory, by the bytes of a result; None if it is not known.
         cached_read: reads from the page cache, for comparison; None if it was not measured.
         cached_write: writes into it.
         transfer_s: of a transfer, beside what it moves.
         compute_s: of a layer of one micro-batch, beside its products.
+        stage_s: of a layer whose weights were brought, before its first micro-batch; 0 if that is not known.
+        forward_s: of a micro-batch in a sweep, beside its layers; 0 if that is not known.
         sweep_s: of a sweep, for what happens between two: choosing tokens, masks.
+        cores: of the processor, which compute and lanes that cast or unpack share; 0 where lanes take no time of
+            compute's.
+        threads: of compute, with which this was measured; of interest where there are `cores`.
         sources: where each number is from.
 
     Raises:
@@ -120,13 +138,22 @@ class Hardware:
     upcast_bytes_per_s: float
     unpack_elements_per_s: float
     pack_elements_per_s: float
+    cast_flops: Curve | None = None
+    packed_flops: Curve | None = None
+    moved_attention_bytes_per_s: float = 0.0
+    packed_attention_elements_per_s: float = 0.0
+    element_bytes_per_s: Curve | None = None
     unified: bool = False
     direct: bool = False
     cached_read: Curve | None = None
     cached_write: Curve | None = None
     transfer_s: float = 0.0
     compute_s: float = 0.0
+    stage_s: float = 0.0
+    forward_s: float = 0.0
     sweep_s: float = 0.0
+    cores: int = 0
+    threads: int = 1
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,7 +164,7 @@ class Hardware:
                     object.__setattr__(self, field.name, _curve(value, field.name))
             elif field.name in _MAY_BE_ZERO:
                 _number(value, field.name)
-            elif field.name.endswith(("_bytes", "_flops", "_per_s")) and field.name != "matmul_flops":
+            elif field.name.endswith(("_bytes", "_flops", "_per_s", "threads")) and field.name != "matmul_flops":
                 _positive(value, field.name)
         object.__setattr__(self, "matmul_flops", _curves_of_types(self.matmul_flops))
         if not isinstance(self.sources, Mapping):
@@ -152,6 +179,25 @@ class Hardware:
         """The speed of a lane that moves bytes, by bytes of a transfer."""
         curve: Curve = getattr(self, lane.value)
         return curve
+
+    def cores_of(self, lane: Lane) -> int:
+        """Cores that a lane at work keeps busy, of those that all share: a transfer from or to the disk nearly none."""
+        if not self.cores or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
+            return 0
+        return min(self.threads, self.cores) if lane is Lane.COMPUTE else 1
+
+    @functools.cached_property
+    def parts_of_cores(self) -> dict[Lane, float]:
+        """The part of the cores that each lane at work keeps busy; nothing where lanes share none."""
+        return {lane: self.cores_of(lane) / self.cores for lane in Lane} if self.cores else {}
+
+    def shared_s(self, seconds: Mapping[Lane, float]) -> float:
+        """The shortest time in which the cores can do all that lanes want of them.
+
+        Args:
+            seconds: of each lane alone.
+        """
+        return sum(part * seconds[lane] for lane, part in self.parts_of_cores.items())
 
     def matmul(self, dtype: str, rows: float) -> float:
         """Floating-point operations per second of a product with so many rows; of an unknown type, the slowest's."""
@@ -178,6 +224,13 @@ class Hardware:
             device_bytes=limits.get(Tier.DEVICE, self.device_bytes),
             host_bytes=shared if shared is not None else host,
             disk_bytes=limits.get(Tier.DISK, self.disk_bytes),
+        )
+
+    def with_disk_limit(self, read_bytes_per_s: float | None, write_bytes_per_s: float | None) -> Hardware:
+        """The machine with a disk that is no faster than this; None is no limit."""
+        limits = {"disk_to_host": read_bytes_per_s, "host_to_disk": write_bytes_per_s}
+        return dataclasses.replace(
+            self, **{name: getattr(self, name).at_most(speed) for name, speed in limits.items() if speed is not None}
         )
 
     # ------------------------------------------------------------------------------------------------------- as JSON
@@ -245,8 +298,12 @@ class Hardware:
 
 _CURVES = (
     "disk_to_host", "host_to_disk", "host_to_device", "device_to_host", "cached_read", "cached_write",
+    "cast_flops", "packed_flops", "element_bytes_per_s",
 )  # fmt: skip
-_MAY_BE_ZERO = ("host_attention_bytes_per_s", "transfer_s", "compute_s", "sweep_s")
+_MAY_BE_ZERO = (
+    "host_attention_bytes_per_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
+    "packed_attention_elements_per_s", "moved_attention_bytes_per_s",
+)  # fmt: skip
 
 
 def _is_required(field: Any) -> bool:

@@ -58,6 +58,7 @@ class PlannedTensor:
         moves: it may live on host or disk; what does not stays where compute is.
         is_matrix: it can be cast where it is multiplied.
         is_late: it is multiplied from its codes, and never unpacked as a whole.
+        expert: the expert of its layer that it belongs to; -1 if to none. Each moves by itself.
     """
 
     stage: int
@@ -69,6 +70,7 @@ class PlannedTensor:
     moves: bool = True
     is_matrix: bool = True
     is_late: bool = False
+    expert: int = -1
 
     @property
     def resident_bytes(self) -> int:
@@ -120,11 +122,13 @@ def _outer(shape: ModelShape, tensor: TensorShape, head: int) -> PlannedTensor:
 def _layer(shape: ModelShape, layer: LayerShape, compression: Compression) -> list[PlannedTensor]:
     made = []
     for tensor in layer.tensors:
-        plain = _plain(shape, tensor)
+        parts = tensor.shape[0] if tensor in layer.experts else 1
+        part = dataclasses.replace(tensor, shape=tensor.shape[1:]) if tensor in layer.experts else tensor
+        plain = _plain(shape, part)
         if (bits := layer.bits_of(tensor, compression)) is not None:
-            stored = quantized_bytes(tensor.shape, bits, compression.group_size)
+            stored = quantized_bytes(part.shape, bits, compression.group_size)
             plain = dataclasses.replace(plain, stored_bytes=stored, is_quantized=True, is_cast=False)
-        made.append(plain)
+        made += [dataclasses.replace(plain, expert=number if parts > 1 else -1) for number in range(parts)]
     return made
 
 
@@ -150,6 +154,7 @@ class WeightLayout:
         homes: of each tensor, if they are not to follow from the shares.
         pieces: how many pieces of a stage there are at most, for each way that they move; None for as many as a run
             has. Fewer make a simulation shorter.
+        exact: the tensors are those of a model that is there, not what a configuration says of them.
     """
 
     def __init__(
@@ -161,8 +166,9 @@ class WeightLayout:
         direct: bool,
         homes: Sequence[Tier] | None = None,
         pieces: int | None = None,
+        exact: bool = False,
     ) -> None:
-        self.direct, self.num_stages = direct, num_stages
+        self.direct, self.num_stages, self._exact = direct, num_stages, exact
         self._homes = _homes(tensors, policy) if homes is None else list(homes)
         #: 16-bit bytes of each stage that are cast for each product, and not on their way
         self.late = [0] * self.num_stages
@@ -170,12 +176,20 @@ class WeightLayout:
         self.late_unpacked = [0] * self.num_stages
         self._tensors = self._cast_late(tensors, one_batch=policy.num_batches == 1) if direct else list(tensors)
         self._members: list[list[tuple[PlannedTensor, Tier]]] = [[] for _ in range(self.num_stages)]
+        self._experts: list[dict[int, list[tuple[PlannedTensor, Tier]]]] = [{} for _ in range(self.num_stages)]
+        layers = [0] * self.num_stages
         for tensor, home in zip(self._tensors, self._homes, strict=True):
-            self._members[tensor.stage].append((tensor, home))
-        layers = (sum(tensor.stored_bytes for tensor, _ in members) for members in self._members[1:-1])
-        self.piece_bytes = size_of_pieces(layers, direct=direct)
+            layers[tensor.stage] += tensor.stored_bytes
+            is_expert = tensor.expert >= 0
+            group = (
+                self._experts[tensor.stage].setdefault(tensor.expert, []) if is_expert else self._members[tensor.stage]
+            )
+            group.append((tensor, home))
+        self.piece_bytes = size_of_pieces(layers[1:-1], direct=direct)
         self._pieces = pieces
         self.stages = [self._pieces_of(members) for members in self._members]
+        #: pieces of each expert of each stage
+        self.experts = [{e: self._pieces_of(members) for e, members in of.items()} for of in self._experts]
 
     @property
     def routes(self) -> tuple[tuple[Route, ...], ...]:
@@ -193,8 +207,12 @@ class WeightLayout:
     def needs(self, rings: Rings) -> list[Need]:
         """What loading takes of each tier: homes, slots and staging."""
         pairs = list(zip(self._tensors, self._homes, strict=True))
-        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *self._rounding()]
-        for size, stages in ((rings.layers, self._members[1:-1]), (rings.outer, [self._members[0], self._members[-1]])):
+        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *([] if self._exact else self._rounding())]
+        for size, stages in (
+            (rings.layers, self._members[1:-1]),
+            (rings.outer, [self._members[0], self._members[-1]]),
+            (rings.experts, [members for experts in self._experts for members in experts.values()]),
+        ):
             in_place, pushed = (max(map(room, stages), default=0) for room in (self._read_in_place, self._pushed_room))
             needs.append(Need(Tier.HOST, size * in_place, "weight slots"))
             needs.append(Need(Tier.DEVICE, size * pushed, "weight slots"))
@@ -203,31 +221,42 @@ class WeightLayout:
         needs.append(Need(Tier.DEVICE, min(TILE_BYTES, tile), "dequantizing"))
         if not self.direct and any(tensor.is_quantized for tensor, _ in pairs):
             needs.append(Need(Tier.DEVICE, self._staging_bytes or self.piece_bytes, "weight staging"))
-        arenas = (sum(t.stored_bytes for t, home in members if home is Tier.HOST) for members in self._members)
+        arenas = (sum(t.stored_bytes for t, home in members if home is Tier.HOST) for members in self._units)
         needs.append(Need(Tier.HOST, sum(pages(size) for size in arenas), "weights"))
         resident = sum(tensor.resident_bytes for tensor, home in pairs if home is Tier.DEVICE)
         needs.append(Need(Tier.DEVICE, resident, "weights"))
         return [need for need in needs if need.nbytes]
 
     # ---------------------------------------------------------------------------------------------------------- inside
+    @property
+    def _units(self) -> Iterator[list[tuple[PlannedTensor, Tier]]]:
+        """What moves together."""
+        yield from self._members
+        yield from itertools.chain.from_iterable(experts.values() for experts in self._experts)
+
     def _rounding(self) -> Iterator[Need]:
-        """Of a model that is known by its configuration, vectors are counted together; each may go another way."""
+        """Of a model that is known by its configuration, vectors are counted together; each may go another way.
+
+        Where experts are apart, little is left of a layer, and a vector may begin a page of its own on the host.
+        """
         most = max((t.stored_bytes for t in self._tensors if t.moves and not t.is_matrix), default=0)
         total = sum(self.placement.values())
         for tier, size in self.placement.items():
             if 0 < size < total:
-                yield Need(tier, most, "weights")
+                sparse = sum(map(bool, self._experts)) if tier is Tier.HOST else 0
+                yield Need(tier, most + sparse * PAGE, "weights")
 
     def _cast_late(self, tensors: Sequence[PlannedTensor], *, one_batch: bool) -> list[PlannedTensor]:
-        """Of tables, and with one micro-batch of all matrices, tiles are made where they are used."""
+        """Of tables and experts, and with one micro-batch of all matrices, tiles are made where they are used."""
         made = []
         for tensor, home in zip(tensors, self._homes, strict=True):
-            is_outer = tensor.stage in (0, self.num_stages - 1)
-            if tensor.is_cast and tensor.is_matrix and home is not Tier.DEVICE and (one_batch or is_outer):
-                self.late[tensor.stage] += tensor.stored_bytes
+            is_outer, is_expert = tensor.stage in (0, self.num_stages - 1), tensor.expert >= 0
+            is_once = one_batch or is_expert
+            if tensor.is_cast and tensor.is_matrix and home is not Tier.DEVICE and (is_once or is_outer):
+                self.late[tensor.stage] += tensor.stored_bytes * (not is_expert)
                 tensor = dataclasses.replace(tensor, device_bytes=tensor.stored_bytes, is_cast=False)  # noqa: PLW2901
-            elif tensor.is_quantized and tensor.is_matrix and one_batch and not is_outer:
-                self.late_unpacked[tensor.stage] += tensor.elements
+            elif tensor.is_quantized and tensor.is_matrix and is_once and not is_outer:
+                self.late_unpacked[tensor.stage] += tensor.elements * (not is_expert)
                 tensor = dataclasses.replace(tensor, is_late=True)  # noqa: PLW2901
             made.append(tensor)
         return made
@@ -270,12 +299,22 @@ class WeightLayout:
         ]
 
     def _read_in_place(self, members: Sequence[tuple[PlannedTensor, Tier]]) -> int:
-        """Room on the host for what of a stage is read where it is used; a run of tensors begins and ends in a page."""
+        """Room on the host for what of a stage is read where it is used; a run of tensors begins and ends in a page.
+
+        An expert's matrices lie among those of the others, codes apart from scales and minima; experts lie among what
+        else their layer has.
+        """
         if not self._reads_in_place(members):
             return 0
-        total = sum(tensor.stored_bytes for tensor, home in members if home is Tier.DISK)
+        read = [tensor for tensor, home in members if home is Tier.DISK]
+        if read and read[0].expert >= 0:
+            return sum(pages(tensor.stored_bytes) + (3 if tensor.is_quantized else 1) * PAGE for tensor in read)
         runs = sum(is_disk for is_disk, _ in itertools.groupby(members, lambda pair: pair[1] is Tier.DISK))
-        return pages(total) + runs * PAGE if total else 0
+        runs += bool(read and self._experts[read[0].stage])
+        # Vectors are counted together, but lie apart: what has another home is read with what is around it, or cuts it.
+        others = [tensor.stored_bytes for tensor, home in members if home is not Tier.DISK and not tensor.is_matrix]
+        total = sum(tensor.stored_bytes for tensor in read)
+        return pages(total + sum(others)) + (runs + len(others)) * PAGE if total else 0
 
     def _pushed_room(self, members: Sequence[tuple[PlannedTensor, Tier]]) -> int:
         """Room in a slot on the device."""
@@ -292,14 +331,19 @@ class WeightLayout:
 
     @functools.cached_property
     def _staging_bytes(self) -> int:
-        """Size of a buffer that pieces from disk pass through; they begin as far from a page as in their file."""
+        """Size of a buffer that pieces from disk pass through.
+
+        What is read by one request begins as far from a page as in its file, and an expert's matrices lie apart.
+        """
         passing = [
             sum(tensor.stored_bytes for tensor, home in members if home is Tier.DISK)
-            for members in self._members
+            for members in self._units
             if not self._reads_in_place(members)
         ]
         largest = max(passing, default=0)
-        return pages(min(largest, self.piece_bytes)) + PAGE if largest else 0
+        experts = [members for of in self._experts for members in of.values()]
+        apart = max((sum(3 if t.is_quantized else 1 for t, _ in members) for members in experts), default=0)
+        return pages(min(largest, self.piece_bytes)) + (1 + apart) * PAGE if largest else 0
 
 
 def _homes(tensors: Sequence[PlannedTensor], policy: Policy) -> list[Tier]:

@@ -40,6 +40,10 @@ class Program:
         limits: of the tiers.
         rows: of the block.
         overhead_s: what comes on top.
+        slots: layers that have room where compute needs them; with one, its weights cross the link between two layers'
+            compute.
+        overlap: lanes work side by side.
+        cores_of: the part of the cores, which lanes share, that each keeps busy; nothing where they share none.
     """
 
     phases: Sequence[tuple[Mapping[tuple[str, Tier], _PerLane], int]]
@@ -47,6 +51,9 @@ class Program:
     limits: Sequence[Limit]
     rows: int
     overhead_s: float = 0.0
+    slots: int = 2
+    overlap: bool = True
+    cores_of: Mapping[Lane, float] = dataclasses.field(default_factory=dict)
 
     def solve(self, cache: Tier | None = None, hidden: Tier | None = None) -> Solution | None:
         """The best shares; None if no shares fit.
@@ -89,8 +96,21 @@ class Program:
         rows = []
         for number, (lanes, _) in enumerate(self.phases):
             ends = [-1.0 if other == number else 0.0 for other in range(len(self.phases))]
-            rows += [[*(lanes[share][lane] for share in _SHARES), *ends] for lane in Lane]
+            rows += [[*(sum(lanes[share][lane] for lane in together(share[0])) for share in _SHARES), *ends]
+                     for together in self._one_after_the_other()]  # fmt: skip
+            shared = (sum(part * lanes[share][lane] for lane, part in self.cores_of.items()) for share in _SHARES)
+            rows.append([*shared, *ends])
         return rows, [0.0] * len(rows)
+
+    def _one_after_the_other(self) -> list[Callable[[str], Sequence[Lane]]]:
+        """Lanes whose seconds add up, by kind of what they work on."""
+        if not self.overlap:
+            return [lambda _: tuple(Lane)]
+        alone: list[Callable[[str], Sequence[Lane]]] = [lambda _, lane=lane: (lane,) for lane in Lane]  # type: ignore[misc]
+        if self.slots > 1:
+            return alone
+        push = (Lane.COMPUTE, Lane.HOST_TO_DEVICE)
+        return [*alone, lambda kind: push if kind == "weights" else (Lane.COMPUTE,)]
 
     def _held(self, limit: Limit, sizes: Mapping[tuple[str, Tier], _PerTier]) -> list[float]:
         return [*(sum(sizes[share][tier] for tier in limit.tiers) for share in _SHARES), *([0.0] * len(self.phases))]

@@ -232,9 +232,9 @@ class OriginalRun(PlannedRun):
         for lane, crosses in zip(_LINKS, self.hidden_route(self.hidden[batch]), strict=True):
             lanes[lane] += self.hidden_s(lane, rows, sweep) if crosses else 0.0
         if batch == 0:
-            for number, piece in enumerate(self.layout.stages[following]):
+            for piece in self.layout.stages[following]:
                 for lane, crosses in zip(_LINKS, piece.route, strict=True):
-                    lanes[lane] += self._weights_s(lane, following, number) if crosses else 0.0
+                    lanes[lane] += self._weights_s(lane, piece) if crosses else 0.0
         return lanes
 
     def tokens_per_s(self) -> float:

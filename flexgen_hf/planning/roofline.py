@@ -124,13 +124,11 @@ def _products(run: PlannedRun, sweep: Sweep, kinds: _Kinds) -> tuple[float, floa
 def _moved(run: PlannedRun, sweep: Sweep, kinds: _Kinds) -> dict[Lane, float]:
     """Bytes that pass each lane; where nothing crosses a link, those that are cast or unpacked."""
     moved: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
-    is_table_there = run.shape.tied and sweep.past > 0
     packed = (run.policy.compression.weights or 16) / 8
-    for pieces in run.layout.stages[1 if is_table_there else 0 :]:
-        for piece in pieces:
-            moved[Lane.DISK_TO_HOST] += piece.read
-            if piece.pushes:
-                moved[Lane.HOST_TO_DEVICE] += piece.pushed or piece.cast or piece.unpacked * packed
+    for piece, count in run.pieces(sweep).items():
+        moved[Lane.DISK_TO_HOST] += count * piece.read
+        if piece.pushes:
+            moved[Lane.HOST_TO_DEVICE] += count * (piece.pushed or piece.cast or piece.unpacked * packed)
     kept = run.shape.kept_bytes(run.policy.compression)
     for layer, rows, home, count in kinds:
         for lane in crossed(run.cell_route(home), is_fresh=not sweep.past):
@@ -142,13 +140,15 @@ def _moved(run: PlannedRun, sweep: Sweep, kinds: _Kinds) -> dict[Lane, float]:
 
 
 def _read(run: PlannedRun, sweep: Sweep, kinds: _Kinds) -> dict[str, tuple[float, float]]:
-    """Bytes and seconds of what compute reads from memory: matrices once for each micro-batch, and the cache."""
+    """Bytes and seconds of what compute reads from memory: matrices for each micro-batch, experts once, the cache."""
     shape, hardware = run.shape, run.hardware
     weights, seen = float(shape.head.elements * shape.itemsize), {DEVICE_MEMORY: 0.0, HOST_MEMORY: 0.0}
     is_kept = run.direct and run.stays(Tier.HOST)  # attended as it is kept
     a_token = shape.kept_bytes(run.policy.compression) if is_kept else shape.cache_elements(1) * shape.itemsize
+    tokens = sum(run.batches) * sweep.tokens
+    weights += sum(layer.chosen_experts(tokens) * layer.expert_elements for layer in shape.layers) * shape.itemsize
     for layer, rows, home, count in kinds:
-        weights += count * layer.touched_elements(rows * sweep.tokens) * shape.itemsize
+        weights += count * layer.shared_elements * shape.itemsize
         if sweep.past:
             where = HOST_MEMORY if run.stays(home) and not run.direct else DEVICE_MEMORY
             seen[where] += count * rows * layer.attended(sweep.past + sweep.tokens) * a_token

@@ -1,4 +1,4 @@
-"""The order of work as data: steps with the steps they wait for.
+"""The order of work: what moves in a sweep, turned into steps with the steps they wait for.
 
 One description is executed, simulated, drawn and checked. Nothing here knows bytes, tensors or threads: a `Traffic`
 says which links each piece of data crosses, a `Schedule` turns it into steps, and whoever runs them looks up the rest.
@@ -9,142 +9,23 @@ the next layer is loaded. Instead of a barrier after every (layer, micro-batch),
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Lane", "Rings", "Route", "Schedule", "Step", "StepId", "Traffic", "What"]
+from .steps import Lane, Rings, Route, Step, StepId, Traffic, What
 
+# with the words in which it is written
+__all__ = ["Choose", "Lane", "Rings", "Route", "Schedule", "Step", "StepId", "Traffic", "What"]
 
-class Lane(str, enum.Enum):
-    """An ordered queue of work. Lanes run side by side; within one, order is the order of submission."""
+_RINGS = Rings()
 
-    DISK_TO_HOST = "disk_to_host"
-    HOST_TO_DEVICE = "host_to_device"
-    DEVICE_TO_HOST = "device_to_host"
-    HOST_TO_DISK = "host_to_disk"
-    COMPUTE = "compute"
-
-    def __str__(self) -> str:
-        return self.value
+#: called as `choose(stage, micro-batch)` at the micro-batch's router, to which it has come when this returns: the
+#: experts that it needs and no micro-batch before it did, with a route for each piece in which each is moved
+Choose = Callable[[int, int], Sequence[tuple[int, tuple[Route, ...]]]]
 
 
-class What(str, enum.Enum):
-    """What a step moves or computes."""
-
-    WEIGHTS = "weights"
-    CACHE = "cache"
-    HIDDEN = "hidden"
-    STAGE = "stage"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class Route(NamedTuple):
-    """The links that one piece of data crosses on its way to the device and back; all off: it is used where it is."""
-
-    read: bool = False
-    push: bool = False
-    pull: bool = False
-    write: bool = False
-
-    @property
-    def moves(self) -> bool:
-        """Whether anything is moved at all, so that a slot is needed."""
-        return any(self)
-
-
-class StepId(NamedTuple):
-    """The name of a step. `batch` is -1 where a step serves all micro-batches; `piece` counts parts of one load."""
-
-    sweep: int
-    lane: Lane
-    what: What
-    stage: int
-    batch: int = -1
-    piece: int = 0
-
-    def __str__(self) -> str:
-        batch = f", micro-batch {self.batch}" if self.batch >= 0 else ""
-        piece = f", piece {self.piece}" if self.what is What.WEIGHTS else ""
-        what = "compute" if self.what is What.STAGE else self.what
-        return f"{what} of stage {self.stage}{batch}{piece} in sweep {self.sweep}"
-
-
-class Step(NamedTuple):
-    """A unit of work in one lane.
-
-    Args:
-        id: its name.
-        after: names of the steps it waits for. All of them come earlier in the schedule, or belong to an earlier sweep.
-        slot: which reused buffer of its ring it fills or uses, -1 if none; for a compute step, that of its cell.
-        staging: for a piece of weights that crosses both links, the buffer on the host that it passes through.
-    """
-
-    id: StepId
-    after: tuple[StepId, ...] = ()
-    slot: int = -1
-    staging: int = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Rings:
-    """How many reused buffers there are of each kind. More means more look-ahead and more memory.
-
-    Args:
-        layers: decoder layers whose weights can be where compute needs them.
-        outer: the same for embedding and head.
-        pieces: pieces of weights on their way from disk to device.
-        cache: cells.
-        hidden: hidden states.
-    """
-
-    layers: int = 2
-    outer: int = 1
-    pieces: int = 8
-    cache: int = 3
-    hidden: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """What has to move in one sweep.
-
-    Args:
-        weights: for each stage a route for each piece in which its weights are moved, none if they stay where they are;
-            0 is the embedding, the last one the head.
-        cache: for each stage, a route for each micro-batch. Embedding and head have none.
-        hidden: a route for each micro-batch, crossed between one decoder layer and the next.
-        fresh_cache: the cells are empty, so nothing is loaded (the prompt's sweep).
-        tied: the head computes with the embedding's weights, which stay in their slot.
-    """
-
-    weights: tuple[tuple[Route, ...], ...]
-    cache: tuple[tuple[Route, ...], ...]
-    hidden: tuple[Route, ...]
-    fresh_cache: bool = False
-    tied: bool = False
-
-    @property
-    def num_batches(self) -> int:
-        """Micro-batches of the block."""
-        return len(self.hidden)
-
-    @property
-    def head(self) -> int:
-        """Stage of the head."""
-        return len(self.weights) - 1
-
-    def following(self, *, table_is_there: bool) -> Traffic:
-        """What moves in the sweep after this one.
-
-        Args:
-            table_is_there: the table that embedding and head share stays in its slot.
-        """
-        weights = ((), *self.weights[1:]) if table_is_there else self.weights
-        return dataclasses.replace(self, weights=weights, fresh_cache=False)
+def _choose_none(_stage: int, _batch: int) -> Sequence[tuple[int, tuple[Route, ...]]]:
+    return ()
 
 
 class _Ring:
@@ -179,6 +60,11 @@ class Schedule:
     wait there. The head is one step for the whole block: what reaches it is small, and its table is the largest matrix
     of all.
 
+    Which experts a layer needs is known only when its routers have run. So the steps are listed while they are run: at
+    a router, whoever takes them is asked (`choose`), and computes everything that is listed before it answers.
+    Experts are loaded from the first micro-batch's answer on, as far as their ring reaches, and computed once all
+    have answered.
+
     It remembers which step needs each slot last, from one sweep to the next: the last cells of a sweep may still be on
     their way to disk when the next one begins.
 
@@ -187,7 +73,7 @@ class Schedule:
         overlap: off chains every step to the one before it, with every load right before it is needed.
     """
 
-    def __init__(self, rings: Rings = Rings(), *, overlap: bool = True) -> None:
+    def __init__(self, rings: Rings = _RINGS, *, overlap: bool = True) -> None:
         self.rings, self.overlap = rings, overlap
         #: number of the next sweep
         self.sweep = 0
@@ -197,6 +83,7 @@ class Schedule:
         sizes = self.rings
         self.layers, self.outer, self.pieces = _Ring(sizes.layers), _Ring(sizes.outer), _Ring(sizes.pieces)
         self.cache, self.hidden = _Ring(sizes.cache), _Ring(sizes.hidden)
+        self.experts = _Ring(sizes.experts)
         self._loaded_ahead: set[int] = set()  # stages of the next sweep
 
     def restart(self) -> None:
@@ -204,21 +91,24 @@ class Schedule:
         self._empty()
         self.sweep += 1
 
-    def steps(self, traffic: Traffic, following: Traffic | None = None) -> Iterator[Step]:
+    def steps(
+        self, traffic: Traffic, following: Traffic | None = None, choose: Choose = _choose_none
+    ) -> Iterator[Step]:
         """All steps of one sweep in an order that every lane can take them in; to be taken to the end.
 
         Args:
             traffic: what moves.
             following: what will move in the sweep after it, if one will come: its first layers are loaded while this
                 one ends, and its embedding once the head has left the slot.
+            choose: which experts micro-batches need.
 
         Yields:
             Steps. Everything a step waits for comes before it or belongs to the sweep before.
         """
         for ring in (self.layers, self.outer):  # what was loaded ahead may be for another call, of another block
             ring.recount(self.sweep, traffic.num_batches)
-        steps = _Sweep(self, traffic, self.sweep, self._loaded_ahead).steps()
-        yield from steps if self.overlap else _chained(list(steps))
+        steps = _Sweep(self, traffic, self.sweep, self._loaded_ahead, choose).steps()
+        yield from steps if self.overlap else _chained(steps)
         self._loaded_ahead = set()
         self.sweep += 1
         if self.overlap and following is not None:
@@ -235,8 +125,10 @@ class Schedule:
 class _Sweep:
     """The steps of one sweep; takes slots from the schedule's rings."""
 
-    def __init__(self, schedule: Schedule, traffic: Traffic, sweep: int, loaded: set[int]) -> None:
-        self.schedule, self.traffic, self.sweep, self.loaded = schedule, traffic, sweep, loaded
+    def __init__(
+        self, schedule: Schedule, traffic: Traffic, sweep: int, loaded: set[int], choose: Choose = _choose_none
+    ) -> None:
+        self.schedule, self.traffic, self.sweep, self.loaded, self.choose = schedule, traffic, sweep, loaded, choose
         self.visits = [(stage, batch) for stage in range(1, traffic.head) for batch in range(traffic.num_batches)]
         self.ready: dict[tuple[What, int, int], tuple[int, list[StepId]]] = {}  # visit -> slot, what compute waits for
         self.begun = {What.CACHE: 0, What.HIDDEN: 0}
@@ -253,23 +145,44 @@ class _Sweep:
         for number, (stage, batch) in enumerate(self.visits):
             if batch == 0:
                 yield from self.held_back
-                upcoming = list(self.loads_ahead(stage, ahead))
+                self.held_back = []
+                experts = _Experts(self, stage) if stage in traffic.sparse else None
+                upcoming, count = self.spread(stage, ahead)
             # How far ahead: a slot fewer than there are, because the one in use is not free; and what is not yet
             # written cannot be read, so hidden states not farther than the layer before has come.
             yield from self.loads(What.CACHE, cells, number + rings.cache)
-            yield from self.loads(What.HIDDEN, hidden, number + min(rings.hidden, batches))
+            written = stage * batches if experts is not None else number + batches
+            yield from self.loads(What.HIDDEN, hidden, min(number + rings.hidden, written))
             if stage == 1:
                 yield self.compute(0, batch)
             yield from self.visit(stage, batch)
-            yield from upcoming[len(upcoming) * batch // batches : len(upcoming) * (batch + 1) // batches]
+            size = count * (batch + 1) // batches - count * batch // batches
+            part = itertools.islice(upcoming, size if batch < batches - 1 else None)
+            yield from part if experts is None else experts.after(batch, part)
+            if experts is not None and batch == batches - 1:
+                yield from experts.rest()
         if last == 1:  # with a single layer, the embedding leaves the slot only now
             yield from self.load_weights(traffic.head)
         yield self.compute(traffic.head, -1)
 
+    def spread(self, stage: int, ahead: int) -> tuple[Iterator[Step], int]:
+        """The weights that are loaded while `stage` computes, and how many of these steps to share out; others follow.
+
+        Buffers are taken when a step is listed. So with experts, whose loads come in between, steps are not listed
+        before their turn; and those that are read ahead of their only slot keep staging until this stage has ended,
+        so they follow its experts.
+        """
+        steps = self.loads_ahead(stage, ahead)
+        if stage not in self.traffic.sparse:
+            listed = list(steps)
+            return iter(listed), len(listed)
+        stages = {stage + ahead} if ahead and stage + ahead < self.traffic.head else set()
+        pieces = [piece for stage in stages - self.loaded for piece in self.traffic.weights[stage]]
+        return steps, sum(piece.read + piece.push for piece in pieces)
+
     def loads_ahead(self, stage: int, ahead: int) -> Iterator[Step]:
         """The weights that are loaded while `stage` computes."""
         last = self.traffic.head - 1
-        self.held_back = []
         if ahead and stage + ahead <= last:
             yield from self.load_weights(stage + ahead)
         if not ahead and stage < last:
@@ -291,22 +204,35 @@ class _Sweep:
         yield from early
 
     def visit(self, stage: int, batch: int) -> Iterator[Step]:
-        """One micro-batch in one decoder layer: compute, and its cell and hidden states on their way home."""
-        cell, hidden = self.traffic.cache[stage][batch], self.traffic.hidden[batch]
+        """One micro-batch in one decoder layer: compute, and its cell and hidden states on their way home.
+
+        In a layer with experts, it is the part up to the router, and hidden states go home after the rest.
+        """
+        cell, is_sparse = self.traffic.cache[stage][batch], stage in self.traffic.sparse
         slot, after = self.ready.pop((What.CACHE, stage, batch), (-1, []))
         _, after_hidden = self.ready.pop((What.HIDDEN, stage, batch), (-1, []))
-        goes_home = hidden.moves and stage < self.traffic.head - 1
-        # What compute makes faster than it goes home would pile up where there is no room for it.
-        size = self.schedule.rings.hidden
-        room = [self.stored[-size]] if goes_home and len(self.stored) >= size else []
+        room = [] if is_sparse else self.room(stage, batch)
         compute = self.compute(stage, batch, (*after, *after_hidden, *room))._replace(slot=slot)
         yield compute
         if cell.moves:
             yield from self._store(What.CACHE, stage, batch, cell, slot, compute.id)
-        if goes_home:
-            stores = list(self._store(What.HIDDEN, stage, batch, hidden, -1, compute.id))
+        if not is_sparse:
+            yield from self.hidden_home(stage, batch, compute.id)
+
+    def room(self, stage: int, batch: int) -> list[StepId]:
+        """What has to be home before compute makes more: what is made faster than it goes home would pile up."""
+        size = self.schedule.rings.hidden
+        return [self.stored[-size]] if self._goes_home(stage, batch) and len(self.stored) >= size else []
+
+    def hidden_home(self, stage: int, batch: int, computed: StepId) -> Iterator[Step]:
+        """Hidden states on their way home, if they have one elsewhere."""
+        if self._goes_home(stage, batch):
+            stores = list(self._store(What.HIDDEN, stage, batch, self.traffic.hidden[batch], -1, computed))
             self.stored += [step.id for step in stores[-1:]]
             yield from stores
+
+    def _goes_home(self, stage: int, batch: int) -> bool:
+        return self.traffic.hidden[batch].moves and stage < self.traffic.head - 1
 
     def loads(self, what: What, visits: Iterator[tuple[int, int]], until: int) -> Iterator[Step]:
         """The loads of all visits before number `until` that are still to come."""
@@ -343,13 +269,14 @@ class _Sweep:
 
     def compute(self, stage: int, batch: int, after: Iterable[StepId] = ()) -> Step:
         source = 0 if self.traffic.tied and stage == self.traffic.head else stage
-        arrivals = (self._arrival(source, piece, route) for piece, route in enumerate(self.traffic.weights[source]))
+        arrivals = self.arrivals(What.WEIGHTS, source, -1, self.traffic.weights[source])
         return Step(StepId(self.sweep, Lane.COMPUTE, What.STAGE, stage, batch), (*after, *arrivals))
 
-    def _arrival(self, stage: int, piece: int, route: Route) -> StepId:
-        """The step after which a piece of weights is where compute needs it."""
-        lane = Lane.HOST_TO_DEVICE if route.push else Lane.DISK_TO_HOST
-        return StepId(self.sweep, lane, What.WEIGHTS, stage, -1, piece)
+    def arrivals(self, what: What, stage: int, batch: int, pieces: Sequence[Route]) -> Iterator[StepId]:
+        """The steps after which each piece of weights is where compute needs it."""
+        for piece, route in enumerate(pieces):
+            lane = Lane.HOST_TO_DEVICE if route.push else Lane.DISK_TO_HOST
+            yield StepId(self.sweep, lane, what, stage, batch, piece)
 
     def load_weights(self, stage: int) -> Iterator[Step]:
         """All pieces of a stage's weights into one slot, unless the sweep before has loaded them."""
@@ -359,10 +286,17 @@ class _Sweep:
         self.loaded.add(stage)
         user = self.traffic.head if stage == 0 and self.traffic.tied else stage
         until = self.compute(user, -1 if user == self.traffic.head else self.traffic.num_batches - 1).id
+        if user in self.traffic.sparse:
+            until = until._replace(what=What.REST)
         ring = self.schedule.outer if stage in (0, self.traffic.head) else self.schedule.layers
-        slot, free = ring.take(until)
+        yield from self.load_pieces(What.WEIGHTS, stage, -1, pieces, *ring.take(until))
+
+    def load_pieces(
+        self, what: What, stage: int, batch: int, pieces: Sequence[Route], slot: int, free: list[StepId]
+    ) -> Iterator[Step]:
+        """All pieces of a load into a slot that is free after some steps."""
         for piece, route in enumerate(pieces):
-            read = StepId(self.sweep, Lane.DISK_TO_HOST, What.WEIGHTS, stage, -1, piece)
+            read = StepId(self.sweep, Lane.DISK_TO_HOST, what, stage, batch, piece)
             push = read._replace(lane=Lane.HOST_TO_DEVICE)
             if route.read and route.push:  # the slot itself is needed by the second link only
                 staging, after = self.schedule.pieces.take(push)
@@ -397,30 +331,77 @@ class _Sweep:
         return [StepId(sweep, lane, what, stage, batch)]
 
 
-def _chained(steps: list[Step]) -> Iterator[Step]:
+class _Experts:
+    """The steps of one layer's experts: loaded one after the other, each computed for the whole block."""
+
+    def __init__(self, sweep: _Sweep, stage: int) -> None:
+        self.sweep, self.stage = sweep, stage
+        self.chosen: list[tuple[int, tuple[Route, ...]]] = []
+        self.begun = 0  # of the chosen ones, how many are on their way or were
+        self.in_use = 0  # slots that are filled, or on their way to be
+        self.slots: dict[int, int] = {}  # of each expert that has one
+
+    def after(self, batch: int, part: Iterable[Step]) -> Iterator[Step]:
+        """What follows a micro-batch's router: loads; `part` of the next layer's; after the last one all experts."""
+        self.chosen += self.sweep.choose(self.stage, batch)
+        yield from self._loads()
+        if batch < self.sweep.traffic.num_batches - 1:
+            yield from part
+            return
+        for expert, pieces in self.chosen:
+            yield from self._loads()
+            if self.begun == len(self.chosen):  # what comes next is to be at hand when these are used up
+                yield from part
+                part = ()
+            name = StepId(self.sweep.sweep, Lane.COMPUTE, What.EXPERT, self.stage, expert)
+            arrivals = self.sweep.arrivals(What.EXPERT, self.stage, expert, pieces)
+            yield Step(name, tuple(arrivals), self.slots.get(expert, -1))
+            self.in_use -= bool(pieces)
+        yield from part
+
+    def _loads(self) -> Iterator[Step]:
+        """Loads as many as there are free slots: one that waits for a slot would stand in the way of the next cell."""
+        ring, size = self.sweep.schedule.experts, self.sweep.schedule.rings.experts
+        while self.begun < len(self.chosen):
+            expert, pieces = self.chosen[self.begun]
+            if pieces and self.in_use == size:
+                return
+            self.begun += 1
+            self.in_use += bool(pieces)
+            if pieces:
+                until = StepId(self.sweep.sweep, Lane.COMPUTE, What.EXPERT, self.stage, expert)
+                self.slots[expert], free = ring.take(until)
+                slot = self.slots[expert]
+                yield from self.sweep.load_pieces(What.EXPERT, self.stage, expert, pieces, slot, free)
+
+    def rest(self) -> Iterator[Step]:
+        """What the layer does with what experts gave, for each micro-batch, and its hidden states on their way home."""
+        for batch in range(self.sweep.traffic.num_batches):
+            name = StepId(self.sweep.sweep, Lane.COMPUTE, What.REST, self.stage, batch)
+            yield Step(name, tuple(self.sweep.room(self.stage, batch)))
+            yield from self.sweep.hidden_home(self.stage, batch, name)
+
+
+def _chained(steps: Iterable[Step]) -> Iterator[Step]:
     """The same steps, each waiting for the one before it as well; loads move down to right before they are needed."""
-    ordered = _just_in_time(steps)
     previous: tuple[StepId, ...] = ()
-    for step in ordered:
+    for step in _just_in_time(steps):
         yield step._replace(after=(*step.after, *previous))
         previous = (step.id,)
 
 
-def _just_in_time(steps: list[Step]) -> list[Step]:
-    loads = {s.id: s for s in steps if s.id.lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE)}
-    ordered: list[Step] = []
-    taken: set[StepId] = set()
+def _just_in_time(steps: Iterable[Step]) -> Iterator[Step]:
+    """Each load right before the first step that waits for it; others keep their order, and are taken one by one."""
+    loads: dict[StepId, Step] = {}  # those that nothing was seen to wait for yet
 
-    def take(step: Step) -> None:
-        if step.id in taken:
-            return
-        taken.add(step.id)
+    def take(step: Step) -> Iterator[Step]:
         for name in step.after:
             if name in loads:
-                take(loads[name])
-        ordered.append(step)
+                yield from take(loads.pop(name))
+        yield step
 
     for step in steps:
-        if step.id not in loads:
-            take(step)
-    return ordered
+        if step.id.lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DEVICE):
+            loads[step.id] = step
+        else:
+            yield from take(step)

@@ -16,18 +16,25 @@ from typing import Any, NamedTuple
 
 from ..errors import CapacityError, PolicyError
 from ..policy import Compression, Placement, Policy, Tier
-from .budget import fits, totals
-from .cost import Lanes, PlannedRun, Prediction, Sweep, Workload, limits_of, predict
+from .budget import Limit, fits, totals
+from .cost import Known, Lanes, PlannedRun, Prediction, Sweep, Workload, limits_of, predict
 from .hardware import Hardware
-from .layout import PlannedTensor, WeightLayout
-from .linear import Program
+from .layout import WeightLayout
+from .linear import KINDS, Program
+from .plan import OBJECTIVES, Alternative, Freedom, Plan, prediction_to_dict
 from .schedule import Lane
 from .shape import ModelShape
 from .simulate import simulate
 
-__all__ = ["OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan"]
+__all__ = ["COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan", "prediction_to_dict"]
 
-OBJECTIVES = ("throughput", "latency", "block")
+_FREE, _UNKNOWN = Freedom(), Known()
+
+# No machine holds so many bytes: such a limit is none.
+_UNLIMITED = 1 << 55
+
+#: what a search chooses from where compression is left to it
+COMPRESSIONS = (Compression(), Compression(cache=4), Compression(weights=4), Compression(weights=4, cache=4))
 
 _SIZES = (1, 4, 16, 64, 256)
 _NUMBERS = (1, 4, 16)
@@ -36,6 +43,15 @@ _LARGEST_BLOCK = 8192
 # Sizes beside the best ones that are tried next, and then beside the best of these.
 _FINER = ((0.5, 1.0, 2.0), (0.75, 1.0, 1.25, 1.5))
 _REFINED = 3
+
+# Layers that have room where compute needs them, and whether lanes work side by side. Less takes less memory, but what
+# it frees has to be worth more than what it stops: it is tried where nothing fits otherwise, and room for one layer
+# also where that for two is a large part of a tier.
+_RINGS = ((2, True), (1, True), (2, False))
+_LARGE_PART = 1 / 8
+
+# Shares that go to lower tiers than a linear program says, until what it took for linear fits as it is.
+_LOWER = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16)
 
 # How many policies of the closed form are simulated at most, and of those that are alike.
 _SIMULATED = 6
@@ -46,111 +62,11 @@ _ALTERNATIVES = 3
 _PIECES = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Freedom:
-    """What a search may choose.
-
-    Args:
-        compressions: to choose from.
-        host_attention: whether attention on the host may be chosen.
-        batch_size: rows of a micro-batch, if they are given.
-        num_batches: micro-batches, if they are given.
-        objective: `"throughput"`, `"latency"` (the shortest time for the workload's prompts, or for one), or `"block"`
-            (the largest block that ends within `deadline_s`).
-        deadline_s: for `"block"`.
-
-    Raises:
-        PolicyError: an objective that does not exist, or a deadline missing.
-    """
-
-    compressions: tuple[Compression, ...] = (Compression(),)
-    host_attention: bool = True
-    batch_size: int | None = None
-    num_batches: int | None = None
-    objective: str = "throughput"
-    deadline_s: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise PolicyError(f"objective: {self.objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
-        if (self.objective == "block") != (self.deadline_s is not None):
-            raise PolicyError("objective: 'block' and a deadline belong together; give both or neither")
-
-    def worth(self, prediction: Prediction) -> float:
-        """What a search makes as large as possible."""
-        if self.objective == "throughput":
-            return prediction.tokens_per_s
-        if self.objective == "latency":
-            return -prediction.seconds
-        assert self.deadline_s is not None
-        if prediction.seconds > self.deadline_s:
-            return -prediction.seconds
-        return prediction.rows + prediction.tokens_per_s / 1e9  # of blocks of one size, the fastest
-
-
-@dataclasses.dataclass(frozen=True)
-class Alternative:
-    """Another policy, and what it would bring."""
-
-    policy: Policy
-    predicted: Prediction
-    label: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A policy with what is predicted of it, and why it was chosen.
-
-    Args:
-        policy: the choice.
-        predicted: by simulation; of alternatives that were not simulated, in closed form.
-        why: sentences for people.
-        alternatives: the next best ones that differ in more than numbers.
-        warnings: what speaks against offloading at all.
-    """
-
-    policy: Policy
-    predicted: Prediction
-    why: tuple[str, ...]
-    alternatives: tuple[Alternative, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `Policy.from_dict(d["policy"])` is the policy."""
-        return {
-            "policy": self.policy.to_dict(),
-            "predicted": prediction_to_dict(self.predicted),
-            "why": list(self.why),
-            "alternatives": [
-                {"label": other.label, "policy": other.policy.to_dict(), **prediction_to_dict(other.predicted)}
-                for other in self.alternatives
-            ],
-            "warnings": list(self.warnings),
-        }
-
-    def __str__(self) -> str:
-        made = self.predicted
-        return f"{self.policy}: {made.tokens_per_s:.2f} token/s predicted, limited by {made.bottleneck}"
-
-
-def prediction_to_dict(made: Prediction) -> dict[str, Any]:
-    """A prediction in plain JSON values."""
-    return {
-        "prefill_s": made.prefill_s,
-        "decode_s": made.decode_s,
-        "tokens_per_s": made.tokens_per_s,
-        "rows": made.rows,
-        "peak_bytes": {str(tier): size for tier, size in made.peak_bytes.items()},
-        "bottleneck": str(made.bottleneck),
-        "lanes": {str(lane): made.prefill_lanes[lane] + made.decode_lanes[lane] for lane in Lane},
-    }
-
-
 def plan(
     shape: ModelShape,
     hardware: Hardware,
     workload: Workload,
-    freedom: Freedom = Freedom(),
+    freedom: Freedom = _FREE,
 ) -> Plan:
     """The best policy for a model on a machine.
 
@@ -168,10 +84,16 @@ def plan(
 
 
 class Planner:
-    """A search for one model, machine and workload; arguments are those of `plan`.
+    """A search for one model, machine and workload.
 
     Args:
-        tensors: the model's weights under a compression, where more is known of them than the shape says.
+        shape: the model.
+        hardware: the machine.
+        workload: what is to be generated.
+        freedom: what may be chosen.
+        known: of a model that is there.
+        limits: of tiers, beside what the machine holds.
+        accepts: whether a policy fits, where that is known better than by the sums here; asked of what is to be chosen.
     """
 
     def __init__(
@@ -179,15 +101,17 @@ class Planner:
         shape: ModelShape,
         hardware: Hardware,
         workload: Workload,
-        freedom: Freedom = Freedom(),
+        freedom: Freedom = _FREE,
         *,
-        tensors: Callable[[Compression], Sequence[PlannedTensor]] | None = None,
+        known: Known = _UNKNOWN,
+        limits: Sequence[Limit] = (),
+        accepts: Callable[[Policy], bool] = lambda _: True,
     ) -> None:
         self.shape, self.hardware, self.workload, self.freedom = shape, hardware, workload, freedom
-        self.limits = limits_of(hardware)
-        self._tensors = tensors
-        self._corners: dict[tuple[Compression, bool, int, Tier], _Corner] = {}
-        self._known: dict[Policy, Prediction] = {}  # by simulation
+        self.limits = _tightest([*limits_of(hardware), *limits])
+        self._known_model, self._accepts = known, accepts
+        self._corners: dict[tuple[Any, ...], _Corner] = {}
+        self._simulations: dict[Policy, Prediction] = {}
         self._worth: dict[tuple[Any, ...], float] = {}  # of the best policy of its kind
         self._layouts: dict[tuple[Placement, Compression, bool], WeightLayout] = {}
         if shape.max_tokens is not None and workload.prompt_len + workload.gen_len > shape.max_tokens:
@@ -198,8 +122,7 @@ class Planner:
 
     def run(self, policy: Policy) -> PlannedRun:
         """A policy in its place."""
-        tensors = None if self._tensors is None else self._tensors(policy.compression)
-        run = PlannedRun(self.shape, self.hardware, policy, self.workload, tensors=tensors, pieces=_PIECES)
+        run = PlannedRun(self.shape, self.hardware, policy, self.workload, known=self._known_model, pieces=_PIECES)
         key = (policy.weights, policy.compression, policy.num_batches == 1)
         if key not in self._layouts:
             self._layouts[key] = run.layout
@@ -213,9 +136,10 @@ class Planner:
     def plan(self) -> Plan:
         """Searches, simulates the best, and explains."""
         found = self._search()
-        if not found:
+        best = self._simulated(found) or self._last_resort()
+        if best is None:
             raise CapacityError(self._missing())
-        policy, predicted = self._simulated(found)
+        policy, predicted = best
         if self.freedom.objective == "block" and predicted.seconds > (self.freedom.deadline_s or 0):
             raise CapacityError(
                 f"no block ends within {self.freedom.deadline_s:g} s: a single one of {predicted.rows} rows takes "
@@ -241,21 +165,37 @@ class Planner:
     # -------------------------------------------------------------------------------------------------------- search
     def _search(self) -> list[tuple[Policy, Prediction]]:
         found: dict[Policy, Prediction] = {}
-        frames = [
-            Policy(host_attention=attention, compression=compression)
-            for compression in self.freedom.compressions
-            for attention in ((False, True) if self._may_attend_on_host else (False,))
-        ]
-        for frame in frames:
-            for size, number in self._blocks(_SIZES, _NUMBERS):
-                self._try(frame.replace(batch_size=size, num_batches=number), found)
+        for rings in self._rings():
+            for compression, attention in itertools.product(self.freedom.compressions, self._attentions):
+                frame = Policy(host_attention=attention, compression=compression, **rings)
+                for size, number in self._blocks(_SIZES, _NUMBERS):
+                    self._try(frame.replace(batch_size=size, num_batches=number), found)
+            if found:
+                break
         for factors in _FINER:
-            for policy in self._leaders(found):
+            for place, policy in enumerate(self._leaders(found)):
                 sizes = {max(1, round(policy.batch_size * factor)) for factor in factors}
                 numbers = {max(1, round(policy.num_batches * factor)) for factor in factors}
                 for size, number in self._blocks(sorted(sizes), sorted(numbers)):
-                    self._try(policy.replace(batch_size=size, num_batches=number), found)
+                    block = policy.replace(batch_size=size, num_batches=number)
+                    self._try(block, found)
+                    if place == 0 and factors is _FINER[-1] and self._are_slots_large(block):
+                        self._try(block.replace(layer_slots=1), found)
         return self._best_first(found)
+
+    def _rings(self) -> list[dict[str, Any]]:
+        """How many reused buffers there may be, the most first."""
+        free = self.freedom
+        pairs = [(free.layer_slots or slots, on if free.overlap is None else free.overlap) for slots, on in _RINGS]
+        return [{"layer_slots": slots, "overlap": on} for slots, on in dict.fromkeys(pairs)]
+
+    def _are_slots_large(self, policy: Policy) -> bool:
+        """Whether the room for layers may be made smaller, and is a large part of a tier."""
+        if self.freedom.layer_slots is not None or not policy.overlap or policy.layer_slots == 1:
+            return False
+        run = self.run(policy)
+        slots = totals([need for need in run.layout.needs(run.rings) if need.what == "weight slots"])
+        return any(sum(slots[tier] for tier in limit.tiers) > _LARGE_PART * limit.nbytes for limit in self.limits)
 
     def _leaders(self, found: Mapping[Policy, Prediction]) -> list[Policy]:
         """The best policies that differ in more than numbers."""
@@ -265,27 +205,54 @@ class Planner:
         return list(leaders.values())[:_REFINED]
 
     def _best_first(self, found: Mapping[Policy, Prediction]) -> list[tuple[Policy, Prediction]]:
-        return sorted(found.items(), key=lambda item: -self.freedom.worth(item[1]))
+        return sorted(found.items(), key=lambda item: -self._worth_of(item[1]))
 
-    def _simulated(self, found: Sequence[tuple[Policy, Prediction]]) -> tuple[Policy, Prediction]:
+    def _worth_of(self, prediction: Prediction) -> float:
+        return self.freedom.worth(prediction, self.workload.num_prompts)
+
+    def _simulated(self, found: Sequence[tuple[Policy, Prediction]]) -> tuple[Policy, Prediction] | None:
         """The best policy by simulation. The closed form is a bound, so what it says is worse need not be simulated."""
         best: tuple[Policy, Prediction] | None = None
         alike = collections.Counter[Any]()
         for policy, bound in found:
-            if best is not None and self.freedom.worth(bound) <= self.freedom.worth(best[1]):
+            if best is not None and self._worth_of(bound) <= self._worth_of(best[1]):
                 break
-            if alike[_character(policy)] == _ALIKE or alike.total() == _SIMULATED:
+            # with fewer slots the closed form promises more than it keeps: these don't take the others' places
+            kind = _character(policy) if policy.layer_slots > 1 else None
+            if alike[kind] == _ALIKE or (kind is not None and alike.total() - alike[None] == _SIMULATED):
                 continue
-            alike[_character(policy)] += 1
-            made = self._known[policy] = simulate(self.run(policy))
-            if best is None or self.freedom.worth(made) > self.freedom.worth(best[1]):
-                best = policy, made
-        assert best is not None
+            accepted = self._accepted(policy)
+            if accepted is None:
+                continue
+            alike[kind] += 1
+            made = self._simulations[accepted] = simulate(self.run(accepted))
+            if best is None or self._worth_of(made) > self._worth_of(best[1]):
+                best = accepted, made
         return best
 
+    def _accepted(self, policy: Policy) -> Policy | None:
+        """The policy, with as much as need be taken to lower tiers for it to be accepted."""
+        for step in _LOWER:
+            lower = policy.replace(**self._placements({kind: getattr(policy, kind) for kind in KINDS}, step))
+            if self._accepts(lower):
+                return lower
+        return None
+
+    def _last_resort(self) -> tuple[Policy, Prediction] | None:
+        """The policy that takes least, if that one fits."""
+        for policy in self._smallest():
+            run = self.run(policy)
+            if self.fits(run) and self._accepts(policy):
+                return policy, simulate(run)
+        return None
+
     @property
-    def _may_attend_on_host(self) -> bool:
-        return self.freedom.host_attention and not self.hardware.direct and self.hardware.host_attention_bytes_per_s > 0
+    def _attentions(self) -> tuple[bool, ...]:
+        """Whether attention may be on the host."""
+        is_possible = (
+            not self.hardware.direct and self.hardware.host_attention_bytes_per_s and self.shape.attends_plainly
+        )
+        return (False, True) if self.freedom.host_attention and is_possible else (False,)
 
     def _blocks(self, sizes: Iterable[int], numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Shapes of blocks, no larger than the work."""
@@ -296,15 +263,19 @@ class Planner:
         if free.objective == "latency":
             rows = rows or 1
         most = _LARGEST_BLOCK if rows is None else rows
+        call = self._known_model.call
         made = set()
         for size, number in itertools.product(sizes, numbers):
             if free.batch_size is None:
                 size = min(size, most)  # noqa: PLW2901  the last one is what there is
             needed = -(-most // size)
-            pair = (size, min(number, needed) if free.num_batches is None else number)
-            if pair not in made:
-                made.add(pair)
-                yield pair
+            if free.num_batches is None:
+                # of rows that cannot be cut into blocks, all are in flight
+                number = needed if call is not None and not call.may_be_cut else min(number, needed)  # noqa: PLW2901
+                number = number if free.one_batch is None else 1 if free.one_batch else max(2, number)  # noqa: PLW2901
+            if (size, number) not in made:
+                made.add((size, number))
+                yield size, number
 
     def _try(self, frame: Policy, found: dict[Policy, Prediction]) -> None:
         """Adds the best policy with this block, unless it cannot be better than what is known."""
@@ -314,26 +285,28 @@ class Planner:
             if solution is None:
                 continue
             # Compared with its like only: where data comes from several tiers, the closed form promises the most.
-            like = (frame.compression, frame.host_attention, mode)
-            bound = self.freedom.worth(
-                Prediction(0.0, solution.seconds, program.rows, self.workload.gen_len, {}, {}, {})
-            )
+            like = (frame.compression, frame.host_attention, frame.layer_slots, frame.overlap, mode)
+            bound = self._worth_of(Prediction(0.0, solution.seconds, program.rows, self.workload.gen_len, {}, {}, {}))
             if bound < self._worth.get(like, float("-inf")):
                 continue
             run = self._rounded(frame, solution.shares)
             if run is None or run.policy in found or (frame.host_attention and not run.policy.cache.host):
                 continue
             found[run.policy] = predict(run)
-            self._worth[like] = max(self.freedom.worth(found[run.policy]), self._worth.get(like, float("-inf")))
+            self._worth[like] = max(self._worth_of(found[run.policy]), self._worth.get(like, float("-inf")))
 
     def _rounded(self, frame: Policy, shares: Mapping[str, Placement]) -> PlannedRun | None:
         """The policy in whole percents that fits, with as much as need be taken to lower tiers."""
-        for step in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
-            policy = frame.replace(**{kind: _floored(placement, step) for kind, placement in shares.items()})
-            run = self.run(policy)
+        for step in _LOWER:
+            run = self.run(frame.replace(**self._placements(shares, step)))
             if self.fits(run):
                 return run
         return None
+
+    def _placements(self, shares: Mapping[str, Placement], step: float) -> dict[str, Placement]:
+        """Whole percents, with `step` less on each faster tier; of what is given, that."""
+        made = {kind: _floored(placement, step) for kind, placement in shares.items()}
+        return made if self.freedom.weights is None else {**made, "weights": self.freedom.weights}
 
     # ---------------------------------------------------------------------------------------------- the linear program
     def _program(self, frame: Policy) -> Program:
@@ -346,23 +319,28 @@ class Planner:
             bytes_of=functools.partial(self._linear_bytes, run),
             limits=self.limits,
             rows=sum(run.batches),
-            overhead_s=self.hardware.sweep_s * self.workload.gen_len,
+            overhead_s=run.between_s * self.workload.gen_len,
+            slots=run.rings.layers,
+            overlap=frame.overlap,
+            cores_of=self.hardware.parts_of_cores,
         )
 
     def _linear_lanes(self, run: PlannedRun, sweep: Sweep) -> dict[tuple[str, Tier], Lanes]:
         """Seconds of each lane for all of one kind on one tier."""
         made: dict[tuple[str, Tier], Lanes] = {}
-        rows = collections.Counter(run.batches)
+        rows = collections.Counter(zip(run.batches, run.paddings, strict=True))
         layers = collections.Counter(run.kinds_of_layers)
-        fixed = run.head_s() + sum(count * run.embedding_s(size, sweep) for size, count in rows.items())
+        sweeps = {padding: run.without_padding(sweep, padding) for _, padding in rows}
+        fixed = run.head_s() + sum(count * run.embedding_s(size, sweeps[p]) for (size, p), count in rows.items())
         for tier in Tier:
             cells, hidden = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
             cells[Lane.COMPUTE] = fixed
-            for size, count in rows.items():
+            for (size, padding), count in rows.items():
+                own = sweeps[padding]
                 for stage, like in layers.items():
-                    for lane, seconds in run.cell_lanes(stage, size, tier, sweep).items():
+                    for lane, seconds in run.cell_lanes(stage, size, tier, own).items():
                         cells[lane] += count * like * seconds
-                for lane, seconds in run.hidden_lanes(size, tier, sweep).items():
+                for lane, seconds in run.hidden_lanes(size, tier, own).items():
                     hidden[lane] += count * seconds
             made["cache", tier], made["hidden", tier] = cells, hidden
             made["weights", tier] = self._corner(run.policy, tier).lanes[bool(sweep.past)]
@@ -400,29 +378,39 @@ class Planner:
         return made
 
     def _corner(self, policy: Policy, tier: Tier) -> _Corner:
-        """All weights on one tier."""
-        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, tier)
+        """All weights on one tier, or where they are given to be."""
+        # with experts, a larger block needs more of the weights
+        block = policy.block_size if any(layer.experts for layer in self.shape.layers) else 0
+        key = (policy.compression, policy.num_batches == 1, policy.layer_slots, policy.overlap, tier, block)
         if key not in self._corners:
-            run = self.run(policy.replace(weights=Placement.all_on(tier)))
-            lanes = (run.weight_lanes(is_first=True), run.weight_lanes(is_first=False))
+            run = self.run(policy.replace(weights=self.freedom.weights or Placement.all_on(tier)))
+            prefill, decode = run.sweeps()
+            lanes = (run.weight_lanes(prefill), run.weight_lanes(decode or Sweep(1, self.workload.prompt_len)))
             self._corners[key] = _Corner(lanes, totals(run.layout.needs(run.rings)))
         return self._corners[key]
 
     # ------------------------------------------------------------------------------------------------------ explaining
+    def _smallest(self) -> Iterator[Policy]:
+        """Policies of which none that takes less of a tier is known: everything on one tier, the smallest block."""
+        free = self.freedom
+        for compression, tier in itertools.product(free.compressions, (Tier.DISK, Tier.HOST)):
+            there = Placement.all_on(tier)
+            yield Policy(
+                weights=free.weights or there,
+                cache=there,
+                hidden=there,
+                batch_size=free.batch_size or 1,
+                num_batches=free.num_batches or (2 if free.one_batch is False else 1),
+                compression=compression,
+                layer_slots=free.layer_slots or 1,
+                overlap=bool(free.overlap),
+            )
+
     def _missing(self) -> str:
         """What is missing for the smallest block."""
         best: list[str] | None = None
-        for compression, tier in itertools.product(self.freedom.compressions, (Tier.DISK, Tier.HOST)):
-            smallest = Policy(
-                weights=Placement.all_on(tier),
-                cache=Placement.all_on(tier),
-                hidden=Placement.all_on(tier),
-                batch_size=self.freedom.batch_size or 1,
-                num_batches=self.freedom.num_batches or 1,
-                compression=compression,
-                layer_slots=1,
-            )
-            short = self._short_of(self.run(smallest))
+        for policy in self._smallest():
+            short = self._short_of(self.run(policy))
             best = short if best is None or len(short) < len(best) else best
         return (
             f"{self.shape.name or 'the model'} does not fit {self.hardware.name} under any policy: "
@@ -446,7 +434,7 @@ class Planner:
         for other, predicted in found:
             if _character(other) not in seen and len(made) < _ALTERNATIVES:
                 seen.add(_character(other))
-                made.append(Alternative(other, self._known.get(other, predicted), _label(policy, other)))
+                made.append(Alternative(other, self._simulations.get(other, predicted), _label(policy, other)))
         return tuple(made)
 
     def _why(self, policy: Policy, predicted: Prediction, others: Sequence[Alternative]) -> Iterator[str]:
@@ -458,7 +446,7 @@ class Planner:
             if seconds:
                 lane = max(lanes, key=lanes.__getitem__)
                 yield f"in {name}, {lane} is the limit: busy {min(1.0, lanes[lane] / seconds):.0%} of {seconds:.1f} s"
-        for limit in self.limits:
+        for limit in [limit for limit in self.limits if limit.nbytes < _UNLIMITED]:
             held = sum(predicted.peak_bytes[tier] for tier in limit.tiers)
             tiers = " and ".join(limit.tiers)
             yield f"{tiers} holds {_gib(held)} of {_gib(limit.nbytes)}"
@@ -516,15 +504,22 @@ def _character(policy: Policy) -> tuple[Compression, bool, Tier, bool]:
 def _label(policy: Policy, other: Policy) -> str:
     words = []
     if other.compression != policy.compression:
-        bits = (f"{kind} in {size} bits" for kind, size in (("weights", other.compression.weights),
-                ("cache", other.compression.cache)) if size is not None)  # fmt: skip
-        words.append(" and ".join(bits) or "no compression")
+        words.append(str(other.compression) or "no compression")
     if other.host_attention != policy.host_attention:
         words.append(f"attention on the {'host' if other.host_attention else 'device'}")
     *_, main, is_all = _character(other)
     if (main, is_all) != _character(policy)[2:]:
         words.append(f"{'all' if is_all else 'most'} of the cache on {main}")
     return ", ".join(words)
+
+
+def _tightest(limits: Iterable[Limit]) -> list[Limit]:
+    """Of limits on the same tiers, the smallest."""
+    found: dict[tuple[Tier, ...], Limit] = {}
+    for limit in limits:
+        if limit.tiers not in found or limit.nbytes < found[limit.tiers].nbytes:
+            found[limit.tiers] = limit
+    return list(found.values())
 
 
 def _gib(nbytes: float) -> str:

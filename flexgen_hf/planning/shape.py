@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError, StoreError, UnsupportedModelError
+from ..families import attends_plainly, is_tested
 from ..policy import Compression
-from .budget import ModelSizes
+from .budget import ModelSizes, attends_kept
 
 __all__ = [
     "DTYPES", "SMALL_SHARE", "LayerShape", "ModelShape", "TensorShape", "kept_row_bytes", "quantized_bytes",
@@ -111,9 +112,31 @@ class LayerShape:
         """Elements of matrices that a token is multiplied with: of experts, those that it is sent to."""
         return round(sum(t.elements * t.used for t in self.tensors if t.kind == "matrix"))
 
-    def touched_elements(self, tokens: int) -> float:
-        """Elements of matrices that `tokens` tokens use together, if they choose experts at random."""
-        return sum(t.elements * (1 - (1 - t.used) ** tokens) for t in self.tensors if t.kind == "matrix")
+    @functools.cached_property
+    def experts(self) -> tuple[TensorShape, ...]:
+        """Matrices of all experts, each with experts first; nothing if there are none."""
+        return tuple(t for t in self.tensors if t.part == "experts" and len(t.shape) == 3)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return self.experts[0].shape[0] if self.experts else 0
+
+    @functools.cached_property
+    def shared_elements(self) -> int:
+        """Elements of matrices that every token is multiplied with."""
+        return sum(t.elements for t in self.tensors if t.kind == "matrix" and t not in self.experts)
+
+    @functools.cached_property
+    def expert_elements(self) -> int:
+        """Elements of one expert's matrices."""
+        return sum(t.elements // t.shape[0] for t in self.experts)
+
+    def chosen_experts(self, tokens: int) -> int:
+        """How many experts `tokens` tokens are expected to choose together, if each chooses at random."""
+        if not self.experts:
+            return 0
+        return round(self.num_experts * (1 - (1 - self.experts[0].used) ** tokens))
 
     def attended(self, tokens: int) -> int:
         """How many of so many tokens a query attends to."""
@@ -140,12 +163,16 @@ class ModelShape:
         num_heads: query heads.
         key_heads: heads of keys and values as they are cached.
         head_dim: elements of a head's key, and of its value.
+        latent: with latent attention, the elements that are cached for a token in place of keys, and of values.
         vocab_size: rows of the head's table.
         tied: embedding and head share their table.
         dtype: of compute.
         stored_itemsize: bytes of an element of the checkpoint.
         max_tokens: the longest sequence that positions reach; None if the configuration does not say it.
         name: for messages.
+        attends_plainly: its attention is scaled dot products of what the cache returns; it can be computed on the host,
+            and over cells as they are kept.
+        is_tested: its family is one that this engine is tested with.
     """
 
     layers: tuple[LayerShape, ...]
@@ -160,6 +187,9 @@ class ModelShape:
     stored_itemsize: int = 2
     max_tokens: int | None = None
     name: str = ""
+    latent: tuple[int, int] | None = None
+    attends_plainly: bool = True
+    is_tested: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -184,12 +214,24 @@ class ModelShape:
 
     def cache_elements(self, tokens: int) -> int:
         """Elements of keys and values of one row of one layer."""
-        return 2 * tokens * self.key_heads * self.head_dim
+        return tokens * sum(heads * width for heads, width in self.cached)
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of keys and of values as they are cached."""
+        if self.latent is not None:
+            return (1, self.latent[0]), (1, self.latent[1])
+        return (self.key_heads, self.head_dim), (self.key_heads, self.head_dim)
 
     def kept_bytes(self, compression: Compression) -> int:
         """Bytes of keys and values of a token of one row in one layer, at home."""
-        kept = kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize)
-        return 2 * (self.key_heads * self.head_dim * self.itemsize if kept is None else kept)
+        kept = self._kept_rows(compression)
+        return self.cache_elements(1) * self.itemsize if kept is None else sum(kept)
+
+    def _kept_rows(self, compression: Compression) -> tuple[int, int] | None:
+        """Bytes of a token's keys and of its values at home; None if they are kept as compute uses them."""
+        keys, values = (kept_row_bytes(*states, compression, self.itemsize) for states in self.cached)
+        return None if keys is None or values is None else (keys, values)
 
     def layer_flops(self, layer: LayerShape, tokens: int) -> float:
         """Floating-point operations of a layer's products with weights, for `tokens` tokens."""
@@ -208,20 +250,27 @@ class ModelShape:
                 for layer in self.layers)
             for part in ("mlp", "experts")
         )  # fmt: skip
+        windows = tuple(layer.window for layer in self.layers)
+        key, value = (heads * width for heads, width in self.cached)
+        kept = self._kept_rows(compression)
         return ModelSizes(
             num_layers=len(self.layers),
             hidden_size=self.hidden_size,
             inner_size=round(inner + sent) // self.hidden_size,
             query_size=self.num_heads * self.head_dim,
-            key_size=self.key_heads * self.head_dim,
+            key_size=key,
+            value_size=None if key == value else value,
             num_heads=self.num_heads,
             vocab_size=self.vocab_size,
             itemsize=self.itemsize,
-            kept_key_bytes=kept_row_bytes(self.key_heads, self.head_dim, compression, self.itemsize),
-            attends_kept=direct and compression.cache not in (None, 16),
+            kept_key_bytes=kept[0] if kept else None,
+            kept_value_bytes=kept[1] if kept and key != value else None,
+            windows=windows if any(windows) else (),
+            attends_kept=attends_kept(compression, direct=direct, is_plain=self.attends_plainly),
             casts_head=direct and self.stored_itemsize != self.itemsize,
-            makes_masks_late=True,
-            reads_once=True,
+            makes_masks_late=self.attends_plainly,
+            reads_once=self.is_tested,
+            waits_for_experts=any(layer.experts for layer in self.layers),
         )
 
     def in_dtype(self, dtype: str) -> ModelShape:
@@ -262,13 +311,18 @@ class _Reader:
         self.hidden = self._size(_HIDDEN)
         self.heads = self._size(_HEADS)
         self.head_dim = self._known("head_dim", default=self.hidden // self.heads)
-        self.inner = self._known(*_INNER, default=4 * self.hidden)
+        self.rotated = self._known("qk_rope_head_dim")
+        self.latent = (rank, self.rotated) if (rank := self._known("kv_lora_rank")) else None
+        if self.latent:
+            self.head_dim = self._known("qk_nope_head_dim") + self.rotated
+        self.inner = self._known(*_INNER, default=self._known("expansion_ratio", default=4) * self.hidden)
         self.is_rms = any(key in config for key in ("rms_norm_eps", "norm_eps"))
         self.is_gated = self.is_rms or any(key in config for key in _GATED_ANYWAY)
 
     def shape(self) -> ModelShape:
         vocab = self._size(("vocab_size",))
         tied = self.config.get("tie_word_embeddings", True) is not False
+        family = self.config.get("model_type")
         stored = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float16").removeprefix("torch.")
         if stored not in DTYPES:
             raise UnsupportedModelError(f"{self.name}: dtype {stored!r} is unknown; known are {', '.join(DTYPES)}")
@@ -283,8 +337,12 @@ class _Reader:
             tied=tied,
             dtype=stored,
             stored_itemsize=DTYPES[stored],
-            max_tokens=self._known("max_position_embeddings", "n_positions", "seq_length", default=0) or None,
+            max_tokens=self._known("max_position_embeddings", "n_positions", "seq_length", "max_seq_len") or None,
             name=self.name,
+            latent=self.latent,
+            # sizes without a family's name are taken for those of one that is tested
+            attends_plainly=self.latent is None and (family is None or attends_plainly(str(family))),
+            is_tested=family is None or is_tested(str(family)),
         )
 
     # ------------------------------------------------------------------------------------------------- what it holds
@@ -310,11 +368,6 @@ class _Reader:
             raise UnsupportedModelError(f"{name} is an encoder-decoder model; only causal language models are planned")
         if any(key in config for key in ("vision_config", "audio_config", "text_config")):
             raise UnsupportedModelError(f"{name} is multimodal; plan for its text model")
-        if config.get("kv_lora_rank"):
-            raise UnsupportedModelError(
-                f"{name} has latent attention (kv_lora_rank), whose cache differs between versions of transformers; "
-                "it cannot be planned for"
-            )
         kinds = set(config.get("layer_types") or ()) - _CACHE_KINDS
         other = [key for key in _OTHER_STATE if config.get(key) is not None]
         if kinds or other:
@@ -338,6 +391,8 @@ class _Reader:
 
     def _attention(self) -> list[TensorShape]:
         hidden, heads = self.hidden, self.heads
+        if self.latent:
+            return self._latent_attention(self.latent[0])
         keys = self._known("num_kv_heads", "num_key_value_heads", default=heads)
         if self.config.get("multi_query"):
             keys = keys if self.config.get("new_decoder_architecture") else 1
@@ -348,6 +403,14 @@ class _Reader:
         made.append(TensorShape("attention", (hidden, query)))
         has_bias = bool(self.config.get("attention_bias", self.config.get("bias", not self.is_rms)))
         return [*made, TensorShape("attention", (query + 2 * key + hidden,), "vector")] if has_bias else made
+
+    def _latent_attention(self, rank: int) -> list[TensorShape]:
+        """Queries and keys through matrices of low rank; what of keys is rotated is one for all heads."""
+        hidden, query, value = self.hidden, self.heads * self.head_dim, self.heads * self._known("v_head_dim")
+        low = self._known("q_lora_rank")
+        shapes = [(low, hidden), (query, low)] if low else [(query, hidden)]
+        shapes += [(rank + self.rotated, hidden), (query - self.heads * self.rotated + value, rank), (hidden, value)]
+        return [TensorShape("attention", shape) for shape in shapes]
 
     def _mlp(self, inner: int, part: str) -> list[TensorShape]:
         shapes = [(inner, self.hidden)] * (2 if self.is_gated else 1) + [(self.hidden, inner)]
@@ -376,11 +439,13 @@ class _Reader:
 
     def _window(self, index: int) -> int | None:
         window, kinds = self._known("sliding_window"), self.config.get("layer_types")
-        if not window or self.config.get("use_sliding_window") is False:
-            return None
+        chunk = self._known("attention_chunk_size")
         if kinds:
-            return window if index < len(kinds) and kinds[index] == "sliding_attention" else None
-        return window
+            named = {"sliding_attention": window, "chunked_attention": chunk}
+            return (named.get(kinds[index]) or None) if index < len(kinds) else None
+        if self.config.get("use_sliding_window") is False:
+            return chunk or None
+        return window or chunk or None
 
     # -------------------------------------------------------------------------------------------- around the layers
     def _outer(self, vocab: int, tied: bool) -> list[TensorShape]:

@@ -6,10 +6,13 @@ Nothing is moved and nothing is computed.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .cost import Lanes, PlannedRun, Prediction, Sweep
+from .hardware import Hardware
 from .schedule import Lane, Schedule, Step, StepId
 
 __all__ = ["Clock", "Event", "Timeline", "every_sweep", "play", "simulate", "steps_of"]
@@ -29,39 +32,90 @@ class Event:
         return self.step.id.lane
 
 
+class _Running:
+    """A step at work, with the seconds that are left of it where nothing is in its way."""
+
+    __slots__ = ("left", "started", "step")
+
+    def __init__(self, step: Step, started: float, left: float) -> None:
+        self.step, self.started, self.left = step, started, left
+
+
 class Clock:
-    """Gives each step its time."""
+    """Gives each step its time.
 
-    def __init__(self) -> None:
-        self._free = dict.fromkeys(Lane, 0.0)
-        self._ended: dict[StepId, float] = {}
+    Lanes whose work takes cores share them: where they want more than there are, all of them take longer by the same
+    factor.
 
-    def run(self, steps: Iterable[Step], seconds: Callable[[Step], float]) -> Iterator[Event]:
-        """Runs steps in their order.
+    Args:
+        hardware: whose cores.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._cores, self._cores_of = hardware.cores, {lane: hardware.cores_of(lane) for lane in Lane}
+        self._now = 0.0
+        self._queues = {lane: collections.deque[tuple[Step, float]]() for lane in Lane}
+        self._running: dict[Lane, _Running] = {}
+        self._pending: set[StepId] = set()
+
+    def add(self, steps: Iterable[Step], seconds: Callable[[Step], float]) -> None:
+        """Puts steps in line, each in its lane.
 
         Args:
             steps: as the schedule lists them: all that a step names comes before it, or was never listed.
             seconds: what each takes.
         """
-        free, ended = self._free, self._ended
         for step in steps:
-            lane = step.id.lane
-            start = free[lane]
-            for name in step.after:
-                before = ended.get(name, 0.0)
-                start = max(start, before)
-            end = start + seconds(step)
-            free[lane] = ended[step.id] = end
-            yield Event(step, start, end)
+            self._queues[step.id.lane].append((step, seconds(step)))
+            self._pending.add(step.id)
 
-    def wait(self, lane: Lane, seconds: float) -> None:
-        """Keeps a lane from working for a while."""
-        self._free[lane] += seconds
+    def compute(self) -> Iterator[Event]:
+        """Lets time pass until all steps of compute are done."""
+        while self._queues[Lane.COMPUTE] or Lane.COMPUTE in self._running:
+            yield from self._next()
+
+    def wait(self, seconds: float) -> Iterator[Event]:
+        """Lets so much time pass."""
+        until = self._now + seconds
+        while self._now < until:
+            yield from self._next(until)
+
+    def finish(self) -> Iterator[Event]:
+        """Lets time pass until nothing is left to do."""
+        while self._pending:
+            yield from self._next()
 
     @property
-    def computed(self) -> float:
-        """When the last step of compute has ended."""
-        return self._free[Lane.COMPUTE]
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return self._now
+
+    def _next(self, until: float = math.inf) -> Iterator[Event]:
+        """Begins what can begin, and goes on to when the next step ends, or to a given time if that is sooner."""
+        self._begin()
+        slower = self._slower()
+        ends = {lane: at.left * (slower if self._cores_of[lane] else 1.0) for lane, at in self._running.items()}
+        passed = min([*ends.values(), until - self._now])
+        self._now = until if passed == until - self._now else self._now + passed
+        for lane, end in ends.items():
+            at = self._running[lane]
+            if end <= passed:
+                del self._running[lane]
+                self._pending.remove(at.step.id)
+                yield Event(at.step, at.started, self._now)
+            else:
+                at.left -= passed / (slower if self._cores_of[lane] else 1.0)
+
+    def _begin(self) -> None:
+        for lane, queue in self._queues.items():
+            if queue and lane not in self._running and self._pending.isdisjoint(queue[0][0].after):
+                step, seconds = queue.popleft()
+                self._running[lane] = _Running(step, self._now, seconds)
+
+    def _slower(self) -> float:
+        """The factor by which lanes that share cores take longer now."""
+        wanted = sum(self._cores_of[lane] for lane in self._running)
+        return max(1.0, wanted / self._cores) if wanted else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,20 +155,26 @@ def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[list[Step]]:
         following = None
         if run.policy.overlap and number + 1 < len(sweeps):
             following = traffic.following(table_is_there=keeps_table)
-        yield list(schedule.steps(traffic, following))
+        yield list(schedule.steps(traffic, following, run.chooser(sweep)))
 
 
 def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False) -> Timeline:
     """Runs sweeps one after the other on a fake clock."""
-    clock, ends, events = Clock(), [], list[Event]()
+    clock, ends, events = Clock(run.hardware), [], list[Event]()
     lanes = [dict.fromkeys(Lane, 0.0) for _ in sweeps]
-    for steps in steps_of(run, sweeps):
-        for event in clock.run(steps, lambda step: run.seconds(step, sweeps[step.id.sweep])):
+
+    def note(passed: Iterable[Event]) -> None:
+        for event in passed:
             lanes[event.step.id.sweep][event.lane] += event.ended - event.started
             if keep_events:
                 events.append(event)
-        clock.wait(Lane.COMPUTE, run.hardware.sweep_s)
-        ends.append(clock.computed)
+
+    for steps in steps_of(run, sweeps):
+        clock.add(steps, lambda step: run.seconds(step, sweeps[step.id.sweep]))
+        note(clock.compute())
+        note(clock.wait(run.between_s))
+        ends.append(clock.now)
+    note(clock.finish())
     return Timeline(tuple(sweeps), tuple(ends), tuple(lanes), tuple(events))
 
 

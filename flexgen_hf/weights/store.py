@@ -5,6 +5,8 @@ checkpoint and a store of ours are the same thing here.
 
 A quantized tensor stays quantized in its home, the device's too, and on its way. It moves in parts of whole rows, each
 of which is dequantized into the slot when it has arrived: what compute finds there is the same either way.
+
+What is loaded together is a *unit*: a stage without its experts, or one expert of a stage.
 """
 
 from __future__ import annotations
@@ -13,153 +15,42 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from ..planning.budget import TILE_BYTES, Need
-from ..planning.layout import PIECE_BYTES, SMALL_BYTES, size_of_pieces
+from ..planning.layout import SMALL_BYTES, size_of_pieces
 from ..planning.placement import realised
 from ..planning.schedule import Route
 from ..policy import Tier
 from ..quantization import dispatch
 from ..quantization.groupwise import GroupFormat, Quantized, as_rows
-from ..storage.buffers import PAGE, Buffer, host_memory, round_up, tensor_view
+from ..storage.buffers import Buffer, host_memory, round_up, tensor_view
 from ..storage.files import Files
 from ..storage.workspace import Workspace
+from .cuts import Piece, cut, in_file_order, parts_of, runs_of
 from .dequantizing import Dequantizer, parts_bytes, rows_at
-from .format import TensorExtent
 from .pieces import torch_dtype
 from .quantized import QuantizedExtent
+from .tensors import StoredTensor, Unit
 
-__all__ = ["StoredTensor", "WeightStore"]
-
-# Tensors this close together in a file are read with the bytes between them: one request is cheaper than two.
-_GAP_BYTES = 16 << 10
+__all__ = ["WeightStore"]
 
 # Resident tensors from this size on lie in pages of their own.
 _LARGE_BYTES = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the model and where its bytes lie.
-
-    Args:
-        name: its state-dict name.
-        stage: 0 the embedding, 1..L the decoder layers, L+1 the head.
-        extent: the bytes in a safetensors file, or those of its parts if it is quantized.
-        dtype: what it is computed in; differs from the stored one when the model was loaded with another dtype.
-        is_late: it arrives in its stored dtype and is cast where it is used, or in codes and is dequantized there.
-    """
-
-    name: str
-    stage: int
-    extent: TensorExtent | QuantizedExtent
-    dtype: torch.dtype
-    is_late: bool = False
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether it is dequantized on its way to compute."""
-        return isinstance(self.extent, QuantizedExtent)
-
-    @property
-    def parts(self) -> tuple[TensorExtent, ...]:
-        """What there is of it in its file: codes, scales and minima, or the tensor."""
-        return self.extent.parts if isinstance(self.extent, QuantizedExtent) else (self.extent,)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """Element type in the file; that of the codes if it is quantized."""
-        return torch_dtype(self.parts[0].dtype)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size in the file."""
-        return self.extent.nbytes
-
-    @property
-    def device_bytes(self) -> int:
-        """Size in the dtype it is computed in."""
-        return math.prod(self.extent.shape) * self.dtype.itemsize
-
-    @property
-    def resident_bytes(self) -> int:
-        """Size where it stays on the device."""
-        return self.stored_bytes if self.is_quantized else self.device_bytes
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether it is stored in another dtype than it is computed in, and cast."""
-        return not self.is_quantized and self.stored_dtype != self.dtype
-
-    def offsets(self, at: int) -> list[int]:
-        """Where each part begins in a home that has the tensor from `at` on."""
-        sizes = [round_up(part.nbytes, 64) for part in self.parts]
-        return [at + before for before in itertools.accumulate(sizes[:-1], initial=0)]
-
-    @property
-    def home_bytes(self) -> int:
-        """Room for it in a home on the host."""
-        return sum(round_up(part.nbytes, 64) for part in self.parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A contiguous part of a file that is read with one request into one part of a buffer."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    at: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """Elements of a tensor, or rows of a quantized one, that cross to the device together.
-
-    Args:
-        tensor: whose they are.
-        first: the first of them.
-        count: how many.
-        at: where their bytes begin in the memory that they come from, for each part of the tensor; nothing if they are
-            on the device.
-    """
-
-    tensor: StoredTensor
-    first: int
-    count: int
-    at: tuple[int, ...]
-
-
 @dataclasses.dataclass
-class _Piece:
-    """A part of a stage's weights that moves as one: from disk into its place, through staging, or from the host."""
-
-    runs: list[_Run] = dataclasses.field(default_factory=list)
-    segments: list[_Segment] = dataclasses.field(default_factory=list)
-
-    @property
-    def route(self) -> Route:
-        return Route(read=bool(self.runs), push=bool(self.segments))
-
-    @property
-    def staging_bytes(self) -> int:
-        """Size of the buffer that it passes through; 0 if it is read into its place."""
-        return max((round_up(run.at + run.nbytes) for run in self.runs), default=0) if self.segments else 0
-
-
-@dataclasses.dataclass
-class _Stage:
-    """The streamed weights of one stage: where each byte is, in which slot it arrives."""
+class _Plan:
+    """The streamed weights of one unit: where each byte is, in which slot it arrives."""
 
     host: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # with offset in the host arena
-    in_place: list[tuple[StoredTensor, int]] = dataclasses.field(default_factory=list)  # read where they are used
+    # read where they are used, each part at its offset in the host slot
+    in_place: list[tuple[StoredTensor, Sequence[int]]] = dataclasses.field(default_factory=list)
     pushed: dict[str, tuple[StoredTensor, int]] = dataclasses.field(default_factory=dict)  # offset in the device slot
     from_codes: list[StoredTensor] = dataclasses.field(default_factory=list)  # multiplied as they are kept
-    pieces: list[_Piece] = dataclasses.field(default_factory=list)
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
     arena: Buffer | None = None
     host_bytes: int = 0  # of the slot that tensors are read into in place
     device_bytes: int = 0
@@ -174,8 +65,9 @@ class WeightStore:
     """All weights of a model, each in its home tier.
 
     Args:
-        tensors: every tensor once (a tied one under the name of its source).
+        tensors: every tensor once (a tied one under the name of its source), or instead of it its parts.
         homes: the tier of each tensor name.
+        whole: the tensors of the model, none in parts; those above if they are not given.
         num_stages: decoder layers + 2.
         tied: the head uses the embedding's table.
         space: where the model computes and keeps its bytes.
@@ -189,23 +81,26 @@ class WeightStore:
         num_stages: int,
         tied: bool,
         space: Workspace,
+        whole: Sequence[StoredTensor] | None = None,
     ) -> None:
-        self.tied, self._space = tied, space
+        self.tied, self._space, self._num_stages = tied, space, num_stages
         self._files = Files()
         self._tensors, self._homes = list(tensors), dict(homes)
+        self._whole = self._tensors if whole is None else list(whole)
         self._resident: dict[str, torch.Tensor] = {}
+        self._resident_of: dict[Unit, list[str]] = {}
         self._dequantizer = Dequantizer(space)
         self._taken: list[Need] = []  # in the account, beside buffers
         #: how often each tensor was cast to the dtype of compute
         self.casts: collections.Counter[str] = collections.Counter()
         #: how often each quantized tensor was dequantized
         self.dequantizations = self._dequantizer.counts
-        by_stage = self._by_stage(num_stages)
-        layers = (sum(tensor.stored_bytes for tensor in members) for members in by_stage[1:-1])
-        self._piece_bytes = size_of_pieces(layers, direct=space.is_direct)
-        self._stages = [_Stage() for _ in range(num_stages)]
-        for stage, members in enumerate(by_stage):
-            self._stages[stage] = self._lay_out(members)
+        members = self._by_unit()
+        layers: collections.Counter[int] = collections.Counter()
+        for tensor in self._tensors:
+            layers[tensor.stage] += tensor.stored_bytes if 0 < tensor.stage < num_stages - 1 else 0
+        self._piece_bytes = size_of_pieces(layers.values(), direct=space.is_direct)
+        self._plans = {unit: self._lay_out(tensors) for unit, tensors in members.items()}
         self._slots = self._make_slots()
         self._staging = [space.staging("weight staging") for _ in range(space.rings.pieces)]
 
@@ -223,14 +118,14 @@ class WeightStore:
     @property
     def _staging_bytes(self) -> int:
         """Size of each staging buffer, that of the largest piece that passes through one."""
-        return max((piece.staging_bytes for plan in self._stages for piece in plan.pieces), default=0)
+        return max((piece.staging_bytes for plan in self._plans.values() for piece in plan.pieces), default=0)
 
     @property
     def _arrived_bytes(self) -> int:
         """On a device apart from the host, room for the parts of a piece that is to be dequantized there."""
         if self._space.is_direct:
             return 0
-        segments = (s for plan in self._stages for piece in plan.pieces for s in piece.segments if s.at)
+        segments = (s for plan in self._plans.values() for piece in plan.pieces for s in piece.segments if s.at)
         quantized = ((s.tensor.extent, s.count) for s in segments)
         return max((parts_bytes(e, count) for e, count in quantized if isinstance(e, QuantizedExtent)), default=0)
 
@@ -246,7 +141,7 @@ class WeightStore:
     def needs(self) -> list[Need]:
         """What `load_homes` takes of each tier: homes, slots and staging."""
         slots = [size for buffers in self._slots.values() for size in buffers if size[1]]
-        arenas = (plan.arena_bytes for plan in self._stages if plan.host)
+        arenas = (plan.arena_bytes for plan in self._plans.values() if plan.host)
         resident = sum(t.resident_bytes for t in self._tensors if self._homes[t.name] is Tier.DEVICE)
         needs = [Need(Tier.DISK, self.streamed_bytes, "weights")]
         needs += [Need(buffer.tier, round_up(nbytes), "weight slots") for buffer, nbytes in slots]
@@ -258,22 +153,33 @@ class WeightStore:
         return [need for need in needs if need.nbytes]
 
     def routes(self) -> tuple[tuple[Route, ...], ...]:
-        """For each stage the links that each piece of its weights crosses in a sweep."""
-        return tuple(tuple(piece.route for piece in stage.pieces) for stage in self._stages)
+        """For each stage the links that each piece of its weights, experts left out, crosses in a sweep."""
+        return tuple(self.routes_of(Unit(stage)) for stage in range(self._num_stages))
+
+    def routes_of(self, unit: Unit) -> tuple[Route, ...]:
+        """The links that each piece of a unit crosses."""
+        return tuple(piece.route for piece in self._plans[unit].pieces)
+
+    def bytes_from_disk(self, unit: Unit) -> int:
+        """What is read to load a unit."""
+        return sum(run.nbytes for piece in self._plans[unit].pieces for run in piece.runs)
 
     def late(self, stage: int) -> list[str]:
         """Matrices of a stage that arrive in another form than that of compute, to be multiplied tile by tile."""
-        return [tensor.name for tensor in self._tensors if tensor.stage == stage and tensor.is_late]
+        return [tensor.name for tensor in self._tensors if tensor.unit == Unit(stage) and tensor.is_late]
 
-    def resident(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that are on the device as compute needs them, by name."""
-        yield from self._resident.items()
+    def resident(self, unit: Unit | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a unit, or of all stages, that are on the device as compute needs them, by name."""
+        names = self._resident_of
+        units = [unit] if unit is not None else [unit for unit in names if unit.expert < 0]
+        yield from ((name, self._resident[name]) for unit in units for name in names.get(unit, ()))
 
-    def tensors(self, stage: int, slot: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a stage that are not resident, by name, as they arrived in `slot`."""
-        plan = self._stages[stage]
-        host, device = self._buffers(stage, slot)
-        for memory, part in ((plan.arena, plan.host), (host, plan.in_place)):
+    def tensors(self, unit: Unit, slot: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a unit that are not resident, by name, as they arrived in `slot`."""
+        plan = self._plans[unit]
+        host, device = self._buffers(unit, slot)
+        in_place = [(tensor, places[0]) for tensor, places in plan.in_place]
+        for memory, part in ((plan.arena, plan.host), (host, in_place)):
             for tensor, at in part:
                 if tensor.name not in plan.pushed and not tensor.is_quantized:
                     assert memory is not None
@@ -286,16 +192,14 @@ class WeightStore:
         for tensor in plan.from_codes:
             yield tensor.name, torch.full((), math.nan, dtype=tensor.dtype).expand(tensor.extent.shape)
 
-    def codes(self, stage: int, slot: int) -> Iterator[tuple[str, Quantized, GroupFormat]]:
-        """The matrices of a stage that are to be multiplied from their codes: `tensors` shows NaN in place of them."""
-        plan = self._stages[stage]
+    def codes(self, unit: Unit, slot: int) -> Iterator[tuple[str, Quantized, GroupFormat]]:
+        """The matrices of a unit that are to be multiplied from their codes: `tensors` shows NaN in place of them."""
+        plan = self._plans[unit]
         if not plan.from_codes:
             return
-        host, _ = self._buffers(stage, slot)
+        host, _ = self._buffers(unit, slot)
         memories = {t.name: (plan.arena, t.offsets(at)) for t, at in plan.host}
-        for tensor, at in plan.in_place:
-            first = tensor.extent.offset
-            memories[tensor.name] = (host, [at + part.offset - first for part in tensor.parts])
+        memories |= {t.name: (host, list(places)) for t, places in plan.in_place}
         for tensor in plan.from_codes:
             extent = tensor.extent
             assert isinstance(extent, QuantizedExtent)
@@ -328,19 +232,19 @@ class WeightStore:
             if progress is not None:
                 progress(loaded)
 
-    def read(self, stage: int, piece: int, slot: int, staging: int) -> int:
-        """Disk to host: a piece of a stage's weights into its place or a staging buffer; returns its bytes."""
-        part = self._stages[stage].pieces[piece]
-        target = self._staging[staging] if part.segments else self._buffers(stage, slot)[0]
+    def read(self, unit: Unit, piece: int, slot: int, staging: int) -> int:
+        """Disk to host: a piece of a unit's weights into its place or a staging buffer; returns its bytes."""
+        part = self._plans[unit].pieces[piece]
+        target = self._staging[staging] if part.segments else self._buffers(unit, slot)[0]
         assert target is not None
         return sum(self._files.read_run(r.file, r.offset, target.bytes, r.at, r.nbytes) for r in part.runs)
 
-    def push(self, stage: int, piece: int, slot: int, staging: int) -> int:
+    def push(self, unit: Unit, piece: int, slot: int, staging: int) -> int:
         """Host to device, cast or dequantized to the dtype of compute on the way; returns the bytes that crossed."""
-        plan = self._stages[stage]
+        plan = self._plans[unit]
         part = plan.pieces[piece]
         source = self._staging[staging] if part.runs else plan.arena
-        _, device = self._buffers(stage, slot)
+        _, device = self._buffers(unit, slot)
         assert device is not None
         moved = 0
         for segment in part.segments:
@@ -361,13 +265,13 @@ class WeightStore:
                     self.casts[tensor.name] += 1
         return moved
 
-    def fetch_now(self, stage: int, slot: int = 0) -> None:
-        """Reads and pushes a stage in the calling thread; no lane may be using its slot or the staging buffers."""
-        for piece, route in enumerate(self.routes()[stage]):
+    def fetch_now(self, unit: Unit, slot: int = 0) -> None:
+        """Reads and pushes a unit in the calling thread; no lane may be using its slot or the staging buffers."""
+        for piece, route in enumerate(self.routes_of(unit)):
             if route.read:
-                self.read(stage, piece, slot, 0)
+                self.read(unit, piece, slot, 0)
             if route.push:
-                self.push(stage, piece, slot, 0)
+                self.push(unit, piece, slot, 0)
 
     @property
     def notes(self) -> list[str]:
@@ -377,8 +281,13 @@ class WeightStore:
 
     @property
     def stored(self) -> list[StoredTensor]:
-        """Every tensor, wherever its home is; all of them can be read from their files."""
-        return list(self._tensors)
+        """Every tensor of the model, wherever its home is; all of them can be read from their files."""
+        return list(self._whole)
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """What each tensor, or part of one, is loaded with."""
+        return {tensor.name: tensor.unit for tensor in self._tensors}
 
     def close(self) -> None:
         """Closes files and gives all memory back."""
@@ -388,23 +297,23 @@ class WeightStore:
                 buffer.free()
         for buffer in self._staging:
             buffer.free()
-        for plan in self._stages:
+        for plan in self._plans.values():
             if plan.arena is not None:
                 plan.arena.free()
         self._dequantizer.close()
         for need in self._taken:
             self._space.ledger.give(*need)
-        self._resident, self._taken = {}, []
+        self._resident, self._resident_of, self._taken = {}, {}, []
 
     # --------------------------------------------------------------------------------------------------------- layout
-    def _by_stage(self, num_stages: int) -> list[list[StoredTensor]]:
-        members: list[list[StoredTensor]] = [[] for _ in range(num_stages)]
+    def _by_unit(self) -> dict[Unit, list[StoredTensor]]:
+        members: dict[Unit, list[StoredTensor]] = {Unit(stage): [] for stage in range(self._num_stages)}
         for tensor in self._tensors:
-            members[tensor.stage].append(tensor)
+            members.setdefault(tensor.unit, []).append(tensor)
         return members
 
-    def _lay_out(self, members: Sequence[StoredTensor]) -> _Stage:
-        plan, at = _Stage(), 0
+    def _lay_out(self, members: Sequence[StoredTensor]) -> _Plan:
+        plan, at = _Plan(), 0
         for tensor in members:
             if self._homes[tensor.name] is Tier.HOST:
                 plan.host.append((tensor, at))
@@ -413,11 +322,11 @@ class WeightStore:
             plan.arena = Buffer(self._space.ledger, Tier.HOST, self._space.device, "weights")
         disk = [tensor for tensor in members if self._homes[tensor.name] is Tier.DISK]
         if self._space.is_direct and not any(self._is_pushed(tensor) for tensor in disk):
-            runs, plan.in_place, plan.host_bytes = _runs(disk)
-            plan.pieces = [_Piece([part]) for run in runs for part in _parts(run)]
+            runs, plan.in_place, plan.host_bytes = runs_of(disk)
+            plan.pieces = [Piece([part]) for run in runs for part in parts_of(run)]
             moved = []
         else:
-            plan.pieces, moved = _cut(_in_file_order(disk), self._piece_bytes), disk
+            plan.pieces, moved = cut(in_file_order(disk), self._piece_bytes), disk
         held = [t for t in members if t.is_quantized and not t.is_late and self._homes[t.name] is Tier.DEVICE]
         at = 0
         for tensor in (*moved, *(t for t, _ in plan.host if self._is_pushed(t)), *held):
@@ -426,7 +335,7 @@ class WeightStore:
         plan.device_bytes = at
         plan.from_codes = [t for t in members if t.is_quantized and t.name not in plan.pushed]
         pushed = {t: t.offsets(place) for t, place in plan.host if t.name in plan.pushed}
-        plan.pieces += _cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
+        plan.pieces += cut([*pushed, *held], self._piece_bytes, {**pushed, **{t: [] for t in held}})
         return plan
 
     def _is_pushed(self, tensor: StoredTensor) -> bool:
@@ -438,12 +347,11 @@ class WeightStore:
     def _make_slots(self) -> dict[tuple[str, int], list[tuple[Buffer, int]]]:
         """For each slot a buffer on the host and one on the device, with the bytes they must hold."""
         slots = {}
-        for ring, size, stages in (
-            ("layers", self._space.rings.layers, self._stages[1:-1]),
-            ("outer", self._space.rings.outer, [self._stages[0], self._stages[-1]]),
-        ):
-            host = max((plan.host_bytes for plan in stages), default=0)
-            device = max((plan.device_bytes for plan in stages), default=0)
+        rings = self._space.rings
+        for ring, size in (("layers", rings.layers), ("outer", rings.outer), ("experts", rings.experts)):
+            plans = [plan for unit, plan in self._plans.items() if self._ring(unit) == ring]
+            host = max((plan.host_bytes for plan in plans), default=0)
+            device = max((plan.device_bytes for plan in plans), default=0)
             for slot in range(size):
                 slots[ring, slot] = [
                     (Buffer(self._space.ledger, Tier.HOST, self._space.device, "weight slots"), host),
@@ -451,18 +359,21 @@ class WeightStore:
                 ]
         return slots
 
-    def _key(self, stage: int, slot: int) -> tuple[str, int]:
-        return ("outer" if stage in (0, len(self._stages) - 1) else "layers"), slot
+    def _ring(self, unit: Unit) -> str:
+        """The ring whose slots a unit passes through."""
+        if unit.expert >= 0:
+            return "experts"
+        return "outer" if unit.stage in (0, self._num_stages - 1) else "layers"
 
-    def _buffers(self, stage: int, slot: int) -> tuple[Buffer | None, Buffer | None]:
-        plan = self._stages[stage]
+    def _buffers(self, unit: Unit, slot: int) -> tuple[Buffer | None, Buffer | None]:
+        plan = self._plans[unit]
         if slot < 0 or not plan.pieces:
             return None, None
-        (host, _), (device, _) = self._slots[self._key(stage, slot)]
+        (host, _), (device, _) = self._slots[self._ring(unit), slot]
         return host, device
 
     def _fill_arenas(self) -> Iterator[int]:
-        for plan in self._stages:
+        for plan in self._plans.values():
             if plan.arena is not None:
                 memory = plan.arena.ensure(plan.arena_bytes)
                 for tensor, place in plan.host:
@@ -486,6 +397,7 @@ class WeightStore:
                     self._dequantizer.held[tensor.name] = Quantized(codes, scales, minima, shape)
                 else:
                     (self._resident[tensor.name],) = parts
+                    self._resident_of.setdefault(tensor.unit, []).append(tensor.name)
 
     def _on_device(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not self._space.is_direct or value.dtype == dtype:
@@ -501,90 +413,3 @@ class WeightStore:
 def _room(nbytes: int) -> torch.Tensor:
     """Memory for a resident tensor; a small one would waste the rest of its page."""
     return host_memory(nbytes) if nbytes >= _LARGE_BYTES else torch.empty(nbytes, dtype=torch.uint8)
-
-
-def _unit(tensor: StoredTensor) -> tuple[int, list[int]]:
-    """What a tensor may be cut into, elements or rows: how many there are, and their bytes in each part."""
-    extent = tensor.extent
-    if isinstance(extent, QuantizedExtent):
-        return extent.rows, [extent.row_bytes(part) for part in extent.parts]
-    size = tensor.stored_dtype.itemsize
-    return tensor.stored_bytes // size, [size]
-
-
-def _runs(tensors: Sequence[StoredTensor]) -> tuple[list[_Run], list[tuple[StoredTensor, int]], int]:
-    """Groups extents into long reads, and says where in a buffer each tensor lands, and how large that must be."""
-    runs: list[_Run] = []
-    places = [(t, _add_run(runs, t.extent.file, t.extent.offset, t.stored_bytes)) for t in _in_file_order(tensors)]
-    return runs, places, round_up(runs[-1].at + runs[-1].nbytes) if runs else 0
-
-
-def _in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
-    return sorted(tensors, key=lambda tensor: (str(tensor.extent.file), tensor.extent.offset))
-
-
-def _parts(run: _Run) -> Iterator[_Run]:
-    """A long read in parts that begin on pages of the file, so that no two of them touch the same page."""
-    done = 0
-    while done < run.nbytes:
-        size = min(PIECE_BYTES - (run.offset + done) % PAGE, run.nbytes - done)
-        yield _Run(run.file, run.offset + done, size, run.at + done)
-        done += size
-
-
-def _cut(
-    tensors: Sequence[StoredTensor], nbytes: int, held: Mapping[StoredTensor, Sequence[int]] | None = None
-) -> list[_Piece]:
-    """Cuts tensors into pieces, between elements or rows; short tensors share one.
-
-    Args:
-        tensors: what is to be moved.
-        nbytes: about how large a piece is to be.
-        held: where each part of a tensor is in the host arena (nowhere, if it is on the device); None if they are read
-            from their files through staging.
-    """
-    pieces: list[_Piece] = []
-    filled = nbytes
-    for tensor in tensors:
-        total, sizes = _unit(tensor)
-        size, first = sum(sizes), 0
-        while first < total:
-            room = (nbytes - filled) // size
-            if room <= 0:
-                pieces.append(_Piece())
-                filled, room = 0, max(1, nbytes // size)
-            piece, count = pieces[-1], min(room, total - first)
-            if held is None:
-                at = _read_parts(piece, tensor, first, count)
-                filled = piece.runs[-1].at + piece.runs[-1].nbytes
-            else:
-                at = tuple(begin + first * unit for begin, unit in zip(held[tensor], sizes, strict=False))
-                filled += count * size
-            piece.segments.append(_Segment(tensor, first, count, at))
-            first += count
-    return pieces
-
-
-def _read_parts(piece: _Piece, tensor: StoredTensor, first: int, count: int) -> tuple[int, ...]:
-    """Adds elements or rows of a tensor to what a piece reads; returns where the bytes of each part land."""
-    _, sizes = _unit(tensor)
-    places = {}
-    for part, size in sorted(zip(tensor.parts, sizes, strict=True), key=lambda item: item[0].offset):
-        places[part] = _add_run(piece.runs, part.file, part.offset + first * size, count * size)
-    return tuple(places[part] for part in tensor.parts)
-
-
-def _add_run(runs: list[_Run], file: Path, offset: int, nbytes: int) -> int:
-    """Adds an extent to the reads of a buffer, joined to the last one if it is near; returns where its bytes land.
-
-    A run begins in the buffer at the same distance from a page boundary as in the file, so that the file's alignment
-    carries over.
-    """
-    last = runs[-1] if runs else None
-    end = last.offset + last.nbytes if last is not None else 0
-    if last is not None and last.file == file and 0 <= offset - end <= _GAP_BYTES:
-        runs[-1] = dataclasses.replace(last, nbytes=offset + nbytes - last.offset)
-    else:
-        at = round_up(last.at + last.nbytes) if last is not None else 0
-        runs.append(_Run(file, offset, nbytes, at + offset % PAGE))
-    return runs[-1].at + offset - runs[-1].offset

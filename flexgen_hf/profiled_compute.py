@@ -1,0 +1,303 @@
+"""Measures how fast a device computes what a model's layers consist of, with the engine's own tiles and kernels.
+
+What is larger than a processor's cache when a model runs is so here too: matrices, keys and values are gone through
+several in turn. Knows no disk, no links and no `Hardware`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from .cell_layout import CellShape
+from .planning.hardware import Curve
+from .planning.schedule import Lane
+from .policy import Compression
+from .quantization import dispatch
+from .quantization.groupwise import GroupFormat, Quantized
+from .storage.lanes import Lanes
+from .storage.workspace import Workspace
+from .tiles import TileCast, TileDequantize
+
+__all__ = ["SECONDS", "Compute", "Overheads", "best_of"]
+
+_MIB = 1 << 20
+
+# A product is slower than its matrix is read for few rows, and not faster for more than the last ones.
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+_WIDTH = 2048
+
+# So many bytes are gone through before anything comes again: more than a cache holds.
+_BEYOND_CACHE = 128 * _MIB
+
+#: each thing is measured for so long, and at least twice
+SECONDS = 0.3
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+_FORMAT = GroupFormat(4, 64)
+
+# of a model whose products take no time
+_TINY: Mapping[str, Any] = {
+    "hidden_size": 64, "ffn_dim": 256, "num_attention_heads": 4, "vocab_size": 128, "word_embed_proj_dim": 64,
+}  # fmt: skip
+_LAYERS = (2, 6)
+_BATCHES, _TOKENS = 8, 16
+
+
+def best_of(work: Callable[[], Any], device: torch.device, *, seconds: float, is_asynchronous: bool = False) -> float:
+    """The shortest time of several, in seconds: what disturbs a run only makes it slower."""
+    best, until, runs = float("inf"), time.perf_counter() + seconds, 0
+    while runs < 2 or time.perf_counter() < until:
+        started = time.perf_counter()
+        work()
+        if is_asynchronous:
+            torch.accelerator.synchronize(device)
+        best, runs = min(best, time.perf_counter() - started), runs + 1
+    return max(best, 1e-9)
+
+
+class Compute:
+    """The measurements of one device.
+
+    Args:
+        space: where to compute.
+        seconds: for each number.
+    """
+
+    def __init__(self, space: Workspace, seconds: float) -> None:
+        self._space, self._device, self._seconds = space, space.device, seconds
+        self._best = functools.partial(
+            best_of, device=space.device, seconds=seconds, is_asynchronous=space.is_asynchronous
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That in which this device is usually computed on."""
+        return torch.float32 if self._space.is_direct else torch.float16
+
+    # --------------------------------------------------------------------------------------------------------- products
+    def products(self) -> dict[str, Curve]:
+        """FLOP/s of products by rows, for each type of element."""
+        return {name: self._curve(self._matrices(dtype), functional.linear, dtype) for name, dtype in _DTYPES.items()}
+
+    def cast_products(self) -> Curve:
+        """FLOP/s of products in float32 with matrices in float16, tile by tile."""
+        tiles = TileCast()
+        return self._curve(
+            self._matrices(torch.float16), lambda x, weight: tiles.linear(x, weight, None), torch.float32
+        )
+
+    def packed_products(self) -> Curve:
+        """FLOP/s of products in float32 with matrices in 4 bits, tile by tile."""
+        tiles = TileDequantize()
+        try:
+            return self._curve(self._packed(), lambda x, weight: tiles.linear(x, weight, _FORMAT, None), torch.float32)
+        finally:
+            tiles.release()
+
+    def _curve(self, matrices: Sequence[Any], multiply: Callable[[Any, Any], Any], dtype: torch.dtype) -> Curve:
+        turns = itertools.cycle(matrices)
+        points = []
+        for rows in _ROWS:
+            x = torch.ones(rows, _WIDTH, dtype=dtype, device=self._device)
+            seconds = self._mean(lambda x=x: multiply(x, next(turns)), len(matrices))  # type: ignore[misc]
+            points.append((rows, 2.0 * rows * _WIDTH**2 / seconds))
+        return Curve(tuple(points))
+
+    def _mean(self, work: Callable[[], Any], count: int) -> float:
+        """Seconds of one of so many in a row; of what takes long, of fewer."""
+        once = self._best(work)
+        if once * count > self._seconds:
+            return once
+        return self._best(lambda: [work() for _ in range(count)]) / count
+
+    def _matrices(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        first = torch.randn(_WIDTH, _WIDTH, device=self._device).to(dtype)
+        return [first, *(first.clone() for _ in range(_BEYOND_CACHE // first.nbytes - 1))]
+
+    def _packed(self) -> list[Quantized]:
+        weight = torch.randn(_WIDTH, _WIDTH, device=self._device)
+        made = dispatch.quantize(weight, _FORMAT, threads=torch.get_num_threads())
+        count = _BEYOND_CACHE // 2 // made.codes.nbytes
+        return [
+            Quantized(made.codes.clone(), made.scales.clone(), made.minima.clone(), made.shape) for _ in range(count)
+        ]
+
+    # -------------------------------------------------------------------------------------------------------- attention
+    def attention_flops(self) -> float:
+        """Of prompts that are padded, as far as the products are of use."""
+        rows, tokens, heads, dim = 4, 256, 16, 64
+        x = torch.ones(rows, heads, tokens, dim, dtype=self.dtype, device=self._device)
+        mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=self._device).tril()
+        seconds = self._best(lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+        return 2.0 * rows * heads * tokens**2 * dim / seconds
+
+    def attended_bytes_per_s(self, device: torch.device, *, by_heads: bool = True) -> float:
+        """Keys and values that a single query of each row goes through.
+
+        Args:
+            device: where they are.
+            by_heads: a head's tokens lie one after the other, not those of all heads and rows.
+        """
+        rows, tokens, heads, dim = 8, 256, 16, 64
+        first = torch.ones(rows, heads, tokens, dim, dtype=self.dtype, device=device)
+        if not by_heads:
+            first = first.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        cells = [(first.clone(), first.clone()) for _ in range(_BEYOND_CACHE // 2 // first.nbytes)]
+        turns, query = itertools.cycle(cells), first[:, :, :1]
+        mask = torch.ones(rows, 1, 1, tokens, dtype=torch.bool, device=device)
+        seconds = self._mean(
+            lambda: functional.scaled_dot_product_attention(query, *next(turns), attn_mask=mask), len(cells)
+        )
+        return 2 * first.nbytes / seconds
+
+    def packed_attention_elements_per_s(self) -> float:
+        """Keys and values in 4 bits that a single query of each row goes through; 0 where there is no kernel for it."""
+        rows, tokens, heads, dim = 8, 256, 16, 64
+        shape = CellShape(rows, (heads, dim), (heads, dim), torch.float32, Compression(cache=4))
+        memory = torch.zeros(shape.nbytes(tokens), dtype=torch.uint8)
+        keys, values = shape.views(memory, tokens)
+        kept = shape.quantized(0, keys), shape.quantized(1, values)
+        query, bias = torch.ones(rows, heads, dim), torch.zeros(rows, tokens + 1)
+        attend = functools.partial(
+            dispatch.attend, query, (query, query), kept, shape.formats, bias, torch.get_num_threads()
+        )
+        if attend() is None:
+            return 0.0
+        return 2.0 * rows * tokens * heads * dim / self._best(attend)
+
+    # -------------------------------------------------------------------------------------------------- what lanes do
+    def cast_bytes_per_s(self) -> float:
+        """Bytes in float16 that a lane casts to float32."""
+        source = torch.zeros(_BEYOND_CACHE // 4, dtype=torch.float16, device=self._device)
+        target = torch.zeros(source.numel(), dtype=torch.float32, device=self._device)
+        return source.nbytes / self._in_lane(lambda: target.copy_(source))
+
+    def packing(self) -> tuple[float, float]:
+        """Elements per second that a lane unpacks, and packs."""
+        states = torch.randn(_WIDTH, _WIDTH, device=self._device).to(self.dtype)
+        packed = dispatch.quantize(states, _FORMAT)
+        unpack = self._in_lane(lambda: dispatch.dequantize(packed, _FORMAT, out=states))
+        pack = self._in_lane(lambda: dispatch.quantize(states, _FORMAT))
+        return states.numel() / unpack, states.numel() / pack
+
+    def _in_lane(self, work: Callable[[], Any]) -> float:
+        """Seconds of work in a thread that moves data."""
+        found: list[float] = []
+
+        def measured() -> int:
+            found.append(self._best(work))
+            return 0
+
+        threads = torch.get_num_threads()
+        with Lanes(["one"], around=self._space.in_lane) as lanes:
+            lanes.submit("one", "measuring", measured).wait()
+        torch.set_num_threads(threads)  # torch gives the last number set to threads that come later
+        return found[0]
+
+    # -------------------------------------------------------------------------------------------------- memory, Python
+    def element_bytes_per_s(self) -> Curve:
+        """Read and written where each element is looked at once and the result is put into new memory."""
+        points = []
+        for size in (64 << 10, 1 * _MIB, 4 * _MIB, 16 * _MIB):
+            x = torch.ones(size // self.dtype.itemsize, dtype=self.dtype, device=self._device)
+            points.append((size, 2 * size / self._best(functools.partial(functional.relu, x))))
+        return Curve(tuple(points))
+
+    def overheads(self, folder: Path) -> Overheads:
+        """What the engine's own steps take beside products.
+
+        On tiny models, with more and fewer layers and micro-batches, and with weights that stay and weights that are
+        brought.
+
+        Args:
+            folder: for the models, for as long as this takes.
+        """
+        few, many = _LAYERS
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = {layers: _tiny_checkpoint(Path(place) / str(layers), layers) for layers in _LAYERS}
+            alone, block, deep = (
+                self._times(made[layers], batches, "device")
+                for layers, batches in ((few, 1), (few, _BATCHES), (many, _BATCHES))
+            )
+            brought, deeper = (self._times(made[layers], 1, "disk") for layers in _LAYERS)
+        layer = max(1e-6, (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES))
+        forward = max(layer / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
+        return Overheads(
+            layer_s=layer,
+            stage_s=max(0.0, (deeper.compute_s - brought.compute_s) / (many - few) - layer),
+            forward_s=forward,
+            sweep_s=max(0.0, alone.sweep_s - few * layer - forward) + alone.between_s,
+        )
+
+    def _times(self, model_folder: Path, batches: int, weights: str) -> _Times:
+        """The shortest of several of each, for a token of each of so many micro-batches of one row."""
+        from . import FlexGenForCausalLM
+
+        policy = {"weights": {weights: 1.0}, "cache": {"device": 1.0}, "hidden": {"device": 1.0}}
+        prompts = torch.ones(batches, 8, dtype=torch.long, device=self._device)
+        times, until = list[_Times](), time.perf_counter() + self._seconds
+        with FlexGenForCausalLM.from_pretrained(
+            str(model_folder),
+            policy={**policy, "batch_size": 1, "num_batches": batches},
+            offload_folder=str(model_folder),
+            device=str(self._device),
+            dtype=str(self.dtype).removeprefix("torch."),
+        ) as model:
+            while len(times) < 2 or time.perf_counter() < until:
+                model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=_TOKENS,
+                               min_new_tokens=_TOKENS, do_sample=False, pad_token_id=1)  # fmt: skip
+                times.append(_Times.of(model.last_run))
+        return _Times(*map(min, zip(*times, strict=True)))
+
+
+class Overheads(NamedTuple):
+    """Seconds beside products, as `Hardware` has them.
+
+    Args:
+        layer_s: of a layer of one micro-batch.
+        stage_s: of a layer whose weights were brought, before its first micro-batch.
+        forward_s: of the rest of a micro-batch's forward.
+        sweep_s: of the rest of a sweep, and between two.
+    """
+
+    layer_s: float
+    stage_s: float
+    forward_s: float
+    sweep_s: float
+
+
+class _Times(NamedTuple):
+    """Seconds of the shortest decode sweep of a run, those of compute in it, and between two sweeps."""
+
+    sweep_s: float
+    compute_s: float
+    between_s: float
+
+    @classmethod
+    def of(cls, report: Any) -> _Times:
+        sweeps = [sweep for sweep in report.sweeps if not sweep.is_prefill]
+        return cls(
+            min(sweep.seconds for sweep in sweeps),
+            min(sweep.lanes[Lane.COMPUTE.value].busy_s for sweep in sweeps),
+            (report.elapsed_s - report.prefill_s - report.decode_s) / len(report.sweeps),
+        )
+
+
+def _tiny_checkpoint(folder: Path, layers: int) -> Path:
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, **_TINY)
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    return folder

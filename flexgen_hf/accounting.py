@@ -137,6 +137,60 @@ class Account:
             self._enter(call, lambda fit: _smaller(call, fit, has_choice), lambda other: self._grown(cache, other))
             yield True
 
+    @contextlib.contextmanager
+    def sweeps(self) -> Iterator[Callable[[Sequence[tuple[int, int, int]]], None]]:
+        """Micro-batches that come and go: what their sweeps are estimated to take is in the account.
+
+        Yields:
+            A function that takes the micro-batches of a sweep, each as (rows, new tokens, tokens before), and enters
+            their estimates in place of those of the sweep before. It raises `CapacityError`, and changes nothing, if
+            they do not fit beside what is held.
+        """
+        held: dict[tuple[Tier, str], int] = {}
+
+        def enter(batches: Sequence[tuple[int, int, int]]) -> None:
+            wanted: dict[tuple[Tier, str], int] = dict.fromkeys(held, 0)
+            others: dict[tuple[Tier, str], int] = {}  # what the engine will take itself: room for hidden states
+            for call in self._swept(batches):
+                for need in self.demand.needs(self._policy, call):
+                    sums = wanted if need.what in ESTIMATED else others
+                    sums[need.tier, need.what] = sums.get((need.tier, need.what), 0) + need.nbytes
+            more = {name: size - held.get(name, 0) for name, size in wanted.items()}
+            still = {name: size - self._ledger.held_as(*name) for name, size in others.items()}
+            needs = [*more.items(), *still.items()]
+            self._ledger.check([Need(tier, size, what) for (tier, what), size in needs if size > 0])
+            for (tier, what), size in more.items():
+                (self._ledger.take if size > 0 else self._ledger.give)(tier, abs(size), what)
+            held.update(wanted)
+
+        try:
+            yield enter
+        finally:
+            for (tier, what), size in held.items():
+                self._ledger.give(tier, size, what)
+
+    def _swept(self, batches: Sequence[tuple[int, int, int]]) -> list[Call]:
+        """Those micro-batches of a sweep that compute prompts as one call, and those that decode as another."""
+        calls = []
+        for prompts in (True, False):
+            some = [batch for batch in batches if (batch[1] > 1) is prompts]
+            if some:
+                rows, tokens, past = zip(*some, strict=True)
+                calls.append(
+                    Call(
+                        rows=sum(rows),
+                        tokens=max(tokens),
+                        capacity=max(tokens) + max(past),
+                        past=max(past),
+                        may_be_cut=False,
+                        makes_cache=False,
+                        logit_tokens=max(tokens) if self._all_logits else 1,
+                        eager=self._is_eager,
+                        micro_batches=rows,
+                    )
+                )
+        return calls
+
     def _enter(
         self,
         call: Call,

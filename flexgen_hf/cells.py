@@ -198,6 +198,16 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
 
     # ------------------------------------------------------------------------------------------ what the executor calls
     @property
+    def shape(self) -> CellShape:
+        """How its rows are kept; only after it got a shape."""
+        return self._known()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that it has room for."""
+        return self._capacity
+
+    @property
     def held(self) -> int:
         """Tokens that are kept."""
         return self.length - self.dropped
@@ -208,6 +218,11 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         disk = self.home is Tier.DISK
         moved = self._space.casts or (not self._space.direct and self.home is not Tier.DEVICE)
         return Route(read=disk, push=moved and not self._stays, pull=moved, write=disk)
+
+    @property
+    def next_route(self) -> Route:
+        """The links that it will cross in the next sweep: as long as it is empty, there is nothing to load."""
+        return self.route if self.length else self.route._replace(read=False, push=False)
 
     @property
     def _stays(self) -> bool:

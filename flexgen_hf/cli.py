@@ -17,6 +17,7 @@ import typer
 from conversion.commands import convert_command, verify_command
 
 from . import __version__
+from .batch_command import batch_command
 from .bench.command import bench_command
 from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
 from .models_command import models_command
@@ -24,7 +25,7 @@ from .plan_command import plan_command
 from .policy import AUTO, Compression, Policy
 from .profile_command import profile_command
 
-__all__ = ["app", "main", "parse_max_memory", "parse_policy", "read_prompts"]
+__all__ = ["app", "load_for_batch", "main", "parse_max_memory", "parse_policy", "read_prompts"]
 
 app = typer.Typer(
     name="flexgen-hf",
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert_command)
 app.command("verify")(verify_command)
+app.command("batch")(batch_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
@@ -381,6 +383,20 @@ def _load(model: str, options: dict[str, Any]) -> Any:
     _hide_loading_bar()
     with _loading_errors(model):
         return FlexGenForCausalLM.from_pretrained(_expanded(model), **{"dtype": dtype_of_compute(), **options})
+
+
+def load_for_batch(model: str, **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer for the command `batch`; `options` are its own, as text."""
+    memory, folder = options.pop("max_memory"), options.pop("offload_folder")
+    shape = {name: options.pop(name) for name in ("batch_size", "num_batches")}
+    options |= {
+        "policy": parse_policy(options["policy"], **shape),
+        "max_memory": parse_max_memory(memory) if memory else None,
+        "offload_folder": str(folder) if folder else None,
+    }
+    _refuse_missing_folder(model)
+    tokenizer = _load_tokenizer(model, **_given(revision=options["revision"]))
+    return _load(model, _given(**options)), tokenizer
 
 
 @contextlib.contextmanager

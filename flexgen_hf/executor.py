@@ -208,10 +208,11 @@ class Executor:
             self._hidden.close()
             self._hidden = None
 
-    def settle(self) -> None:
-        """Waits until no lane moves anything; raises the first error."""
-        for ticket in list(self._tickets.values()):
-            ticket.wait()
+    def settle(self, *, weights: bool = True) -> None:
+        """Waits until no lane moves anything, or without `weights` anything else; raises the first error."""
+        for name, ticket in list(self._tickets.items()):
+            if weights or name.what not in _OF_WEIGHTS:
+                ticket.wait()
 
     def release_cache(self) -> None:
         """Lets go of the last run's cache, which is held while lanes may write to it."""
@@ -268,6 +269,7 @@ class Executor:
         rows: int,
         tokens: int,
         keep_hidden: bool,
+        last: bool | None = None,
     ) -> list[Any]:
         """Runs one forward per micro-batch, layer by layer over all of them.
 
@@ -275,8 +277,10 @@ class Executor:
             bodies: the forward of each micro-batch.
             cache: their cells, if they have any.
             rows: sequences in all.
-            tokens: new tokens of each.
+            tokens: new tokens of each; where micro-batches differ in it, the largest come first, and it is the mean,
+                rounded up.
             keep_hidden: the caller wants the hidden states of every layer, so they stay where they are.
+            last: no other sweep will follow; None if the capacity of the cache says so.
 
         Returns:
             What each body returned.
@@ -286,7 +290,7 @@ class Executor:
                 names the step. The cache is closed then: some of its cells hold more tokens than others.
         """
         with _closed_on_error(cache), self.session() as report:
-            fresh = cache is None or cache.get_seq_length() == 0
+            fresh = cache is None or cache.is_empty
             report.begin_sweep(rows, tokens, fresh)
             if cache is not self._cache:
                 self.settle()  # the last writes of the cache before go to memory that ends with it
@@ -300,7 +304,8 @@ class Executor:
             coroutines = [_Row(body, batch) for batch, body in enumerate(bodies)]
             try:
                 # Nothing is loaded ahead for a sweep that will not come: the cache is as long as it was meant to get.
-                last = cache is None or cache.get_seq_length() + tokens >= cache.capacity
+                if last is None:
+                    last = cache is None or cache.get_seq_length() + tokens >= cache.capacity
                 self._execute(self._traffic(cache, hidden, fresh), coroutines, cache, hidden, last)
             finally:
                 _end(coroutines)
@@ -316,7 +321,7 @@ class Executor:
         if self._outer_loaded:
             routes[0] = ()
         layers = [
-            tuple(cache.children[k].cells[layer].route for k in batches) if cache is not None else nothing
+            tuple(cache.children[k].cells[layer].next_route for k in batches) if cache is not None else nothing
             for layer in range(len(self.structure.layers))
         ]
         return Traffic(
@@ -478,7 +483,8 @@ class Executor:
         head: Any = self.model
         head = head.get_output_embeddings()
         inputs = [c.head_input for c in waiting if c.head_input is not None]
-        if inputs and len(inputs) == len(waiting) and type(head) is nn.Linear:
+        alike = len(inputs) == len(waiting) and len({x.shape[1:] for x in inputs}) == 1
+        if alike and type(head) is nn.Linear:
             logits = self._tiles.linear(torch.cat(inputs), head.weight, head.bias)
             for coroutine, part in zip(waiting, torch.split(logits, [x.shape[0] for x in inputs]), strict=True):
                 coroutine.head_output = part

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 
+from .cell_layout import CellShape
 from .cell_space import CacheSpace, SlotBytes
 from .cells import Cell, exchange
-from .errors import FlexGenError
+from .errors import CapacityError, FlexGenError
 from .planning.budget import Need
 from .policy import Tier
 
-__all__ = ["BlockCache", "Span", "spans_of"]
+__all__ = ["BlockCache", "MicroBatchCache", "OpenBlock", "Part", "Span", "spans_of"]
 
 Span = tuple[int, int]
 
@@ -28,7 +29,7 @@ def spans_of(rows: int, batch_size: int) -> list[Span]:
     return [(start, min(start + batch_size, rows)) for start in range(0, rows, batch_size)]
 
 
-class _MicroBatchCache(Cache):
+class MicroBatchCache(Cache):
     """What the model's forward sees of a `BlockCache`: the cells of one micro-batch."""
 
     def __init__(self, cells: list[Cell]) -> None:
@@ -66,7 +67,7 @@ class BlockCache(Cache):
         #: called before cells are touched outside a sweep; the executor sets it to wait for its lanes
         self.settle: Callable[[], None] = lambda: None
         self.children = [
-            _MicroBatchCache(
+            MicroBatchCache(
                 [
                     Cell(space, homes(layer, k), capacity, window, keeps_past=keeps_past)
                     for layer, window in enumerate(windows)
@@ -95,6 +96,11 @@ class BlockCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of each row, those of padding that is left out included."""
         return int(self.children[0].cells[layer_idx].length) + self.padding[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no micro-batch has any token yet."""
+        return all(child.cells[0].length == 0 for child in self.children)
 
     def cells(self) -> Iterator[Cell]:
         """Every cell."""
@@ -233,6 +239,120 @@ class BlockCache(Cache):
             for cell in child.cells:
                 cell.discard()
         self.children = self.children[: len(self.spans)]
+
+
+class Part(NamedTuple):
+    """Some rows of a micro-batch, and which of their tokens.
+
+    Args:
+        child: the micro-batch.
+        rows: numbers of rows, (rows,), with repetitions if wanted.
+        first: the first token that is meant.
+        last: the last one, excluded.
+    """
+
+    child: MicroBatchCache
+    rows: torch.Tensor
+    first: int
+    last: int
+
+
+class OpenBlock(BlockCache):
+    """A block whose micro-batches come and go, each as far in its texts as it is: `children` are those of a sweep.
+
+    Whoever changes `children`, or the cells of one, has waited until no lane is busy with them. Cells of sliding-window
+    layers keep everything: rows that are put together have windows of their own.
+
+    Args:
+        space: what the cells share; the block cache owns it.
+        homes: `homes(layer, place)` is the tier of a cell; a micro-batch has the homes of some place.
+        windows: for each layer its sliding window, or None.
+    """
+
+    def __init__(self, space: CacheSpace, homes: Callable[[int, int], Tier], windows: Sequence[int | None]) -> None:
+        super().__init__(space, [], homes, windows, capacity=1)
+        self._homes, self._windows = homes, list(windows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the micro-batch that has most."""
+        return max((int(child.cells[layer_idx].length) for child in self.children), default=0)
+
+    def make(self, place: int, capacity: int) -> MicroBatchCache:
+        """Empty cells for `capacity` tokens, of a micro-batch that is not in the block yet; they take no memory."""
+        windows = enumerate(self._windows)
+        return MicroBatchCache([Cell(self.space, self._homes(j, place), capacity, window) for j, window in windows])
+
+    def fill(self, target: MicroBatchCache, parts: Sequence[Part], length: int, *, move: bool = False) -> None:
+        """Gives empty cells the rows of `parts`, one behind the other, each with its last token at the end.
+
+        What is left of the first of `length` tokens is zero. Rows go as they are kept, so nothing is rounded anew.
+
+        Args:
+            target: what `make` returned.
+            parts: where the rows come from; no part has more than `length` tokens.
+            length: tokens that `target` holds then.
+            move: what the parts are taken from is given back, layer by layer, before `target` takes its memory; where
+                its tier has no room then, as the parts were on others, it goes to the next below.
+
+        Raises:
+            CapacityError: a tier is full.
+        """
+        for layer, cell in enumerate(target.cells):
+            sources = [part.child.cells[layer] for part in parts]
+            shape = sources[0].shape
+            whole = {id(source): _whole(source) for source in sources}
+            kept = [
+                [
+                    whole[id(source)][which][part.first : part.last].index_select(
+                        1, part.rows.to(whole[id(source)][which].device)
+                    )
+                    for source, part in zip(sources, parts, strict=True)
+                ]
+                for which in (0, 1)
+            ]
+            if move:
+                for source in sources:
+                    source.discard()
+            _allocate(cell, sum(len(part.rows) for part in parts), shape, may_sink=move)
+            cell.put(_right_aligned(kept[0], length), _right_aligned(kept[1], length), 0)
+
+    def discard(self, child: MicroBatchCache) -> None:
+        """Gives back what a micro-batch's cells hold."""
+        for cell in child.cells:
+            cell.discard()
+
+
+def _allocate(cell: Cell, rows: int, shape: CellShape, *, may_sink: bool) -> None:
+    """Takes the home of a cell like one of `shape`; if it may sink and the tier is full, on a lower one."""
+    tiers = list(Tier)
+    for tier in tiers[tiers.index(cell.home) :]:
+        cell.home = tier
+        try:
+            cell.allocate(rows, shape.key, shape.value, shape.compute_dtype)
+        except CapacityError:
+            if not may_sink or tier is tiers[-1]:
+                raise
+        else:
+            return
+
+
+def _whole(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as they are kept, (tokens, rows, *row), where they are if they need not be read."""
+    if cell.home is Tier.DISK:
+        return cell.get()
+    tokens = (0, cell.length)
+    return cell.block(0, tokens), cell.block(1, tokens)
+
+
+def _right_aligned(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """(length, rows of all parts, *row), zero where a part has no token."""
+    first = parts[0]
+    made = first.new_zeros((length, sum(part.shape[1] for part in parts), *first.shape[2:]))
+    row = 0
+    for part in parts:
+        made[length - part.shape[0] :, row : row + part.shape[1]] = part.to(made.device)
+        row += part.shape[1]
+    return made
 
 
 def _largest(slots: Iterable[SlotBytes]) -> SlotBytes:

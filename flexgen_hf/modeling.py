@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from .auto_policy import AutoPolicy
 from .cell_space import CacheSpace
 from .checkpoint_files import CheckpointTensor, source_fingerprint
 from .checkpoints import plan_shards
+from .continuous.engine import LEAST_SHARED, ContinuousBatches, Engine
+from .continuous.texts import TextCache, TextRequest, Written, current_text
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
 from .fixed_weights import FixedWeights
 from .gguf_files import refuse_missing_reader
-from .kv_cache import BlockCache, Span, spans_of
+from .kv_cache import BlockCache, OpenBlock, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
 from .planning.budget import Demand, rings_of
@@ -226,6 +228,53 @@ class FlexGenForCausalLM(FixedWeights):
                     generate = shown(whole)
                 return generate(**call) if order is None else back_in_order(generate(**call), order)
 
+    def generate_each(
+        self,
+        requests: Iterable[TextRequest],
+        *,
+        window: int | None = None,
+        least_shared: int | None = LEAST_SHARED,
+        on_sweep: Callable[[int], None] | None = None,
+    ) -> Iterator[Written]:
+        """Goes on from prompts that come one by one, however many, with as many in flight as a block holds.
+
+        Each text is what `generate` makes of its prompt alone, with its own options and its own random numbers. A text
+        that ends leaves its place to one that waits, whose prompt is computed in the sweep in which the others get
+        their next token. What several prompts begin with is computed once.
+
+        Args:
+            requests: the prompts; read as far ahead as `window`.
+            window: so many requests are put in the order of their lengths; by default 16 blocks, 1024 at least.
+            least_shared: tokens that a common beginning has at least for it to be computed once; None computes each
+                prompt whole.
+            on_sweep: called after each sweep with the number of tokens that it brought.
+
+        Yields:
+            Texts as they end. What is wrong with one request comes as its `error`.
+
+        Raises:
+            StepError: something could not be moved.
+            UnsupportedModelError: a model that cannot be run in this way.
+        """
+        if self._furthest.is_needed:
+            raise UnsupportedModelError(
+                f"generate_each: {type(self).__name__} turns tokens by an angle that depends on the longest text "
+                "beside them, so texts cannot be computed together; call generate for one prompt at a time"
+            )
+        windows = windows_of(self.config)
+        places = [((layer, place), 1) for layer in range(len(windows)) for place in range(self.policy.num_batches)]
+        homes = assign(places, self.policy.cache)
+        block = OpenBlock(self._cache_space(), lambda layer, place: homes[layer, place], windows)
+        engine = Engine(
+            executor=self._executor,
+            account=self._account,
+            block=block,
+            generate=super().generate,  # type: ignore[misc]
+            geometry=None if (geometry := cache_geometry(self.config)) is None else (*geometry, self.dtype),
+            context=getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        )
+        return ContinuousBatches(engine, window, least_shared, on_sweep).run(requests)
+
     def _plan_for(self, call: dict[str, Any], settings: GenerationConfig) -> None:
         """With `policy="auto"`, goes on with the policy that is best for a call; a given cache has its own blocks."""
         auto, executor, width = self._auto, self._executor, prompt_tokens(call)
@@ -320,6 +369,11 @@ class FlexGenForCausalLM(FixedWeights):
                 f"cache_implementation={wanted!r}: the policy places the cache; leave cache_implementation out"
             )
         given = model_kwargs.get("past_key_values")
+        if isinstance(given, TextCache):
+            given.limit = length
+            return super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, length
+            )
         # candidates that turn out wrong are taken back, and then what was out of a window is in it again
         takes_back = generation_mode is GenerationMode.ASSISTED_GENERATION or bool(generation_config.is_assistant)
         self._account.enter_generation(generation_config, model_kwargs, batch_size, length, keeps_past=takes_back)
@@ -342,21 +396,30 @@ class FlexGenForCausalLM(FixedWeights):
     def _make_cache(self, rows: int, capacity: int, whole_groups_of: int = 1, *, keeps_past: bool = True) -> BlockCache:
         """An empty cache for `rows` rows; the beams of a prompt stay in one micro-batch."""
         policy = self.policy
-        # the user may have set another attention since the model was loaded
-        attends_kept = self._account.demand.shape.attends_kept and self.config._attn_implementation == attention.NAME
-        space = CacheSpace(
-            self._executor.space, policy.host_attention, policy.compression, self.dtype, attends_kept=attends_kept
-        )
         size = max(whole_groups_of, policy.batch_size // whole_groups_of * whole_groups_of)
         spans = spans_of(rows, size)
         windows = windows_of(self.config)
         homes = assign([((j, k), 1) for j in range(len(windows)) for k in range(len(spans))], policy.cache)
         cache = BlockCache(
-            space, spans, lambda layer, batch: homes[layer, batch], windows, max(1, capacity), keeps_past=keeps_past
+            self._cache_space(),
+            spans,
+            lambda layer, batch: homes[layer, batch],
+            windows,
+            max(1, capacity),
+            keeps_past=keeps_past,
         )
         if (geometry := cache_geometry(self.config)) is not None:
             cache.preallocate(*geometry, self.dtype)
         return cache
+
+    def _cache_space(self) -> CacheSpace:
+        """What the cells of a block will share."""
+        policy = self.policy
+        # the user may have set another attention since the model was loaded
+        attends_kept = self._account.demand.shape.attends_kept and self.config._attn_implementation == attention.NAME
+        return CacheSpace(
+            self._executor.space, policy.host_attention, policy.compression, self.dtype, attends_kept=attends_kept
+        )
 
     def _optimize_model_for_decode(self) -> Any:
         # transformers would switch mixtures of experts to an implementation that copies an expert for every token.
@@ -405,6 +468,8 @@ class FlexGenForCausalLM(FixedWeights):
     def _forward(self, plain: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
         """Cuts the rows into micro-batches, runs `plain` on each in the executor, joins what they return."""
         given = flat(signature.bind(self, *args, **kwargs), signature)
+        if (text := current_text()) is not None:
+            return text.forward(functools.partial(plain, self), given)
         return_dict, given["return_dict"] = given.get("return_dict"), True
         source = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if source is None:

@@ -248,11 +248,12 @@ class Compute:
         prompts = torch.ones(batches, 8, dtype=torch.long, device=self._device)
         times, until = list[_Times](), time.perf_counter() + self._seconds
         # by the way that transformers offers: what loads models lies above this
-        with AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(model_folder),
             dtype=self.dtype,
             quantization_config={**options, "policy": {**policy, "batch_size": 1, "num_batches": batches}},
-        ) as model:
+        )
+        with loaded as model:
             while len(times) < 2 or time.perf_counter() < until:
                 model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=_TOKENS,
                                min_new_tokens=_TOKENS, do_sample=False, pad_token_id=1)  # fmt: skip

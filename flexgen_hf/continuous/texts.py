@@ -185,7 +185,9 @@ class Text(greenlet.greenlet):
 
     def _write(self) -> None:
         ids = torch.tensor([list(self.request.ids)], dtype=torch.long)
-        options = {"attention_mask": torch.ones_like(ids), **self.request.options, "past_key_values": self.cache}
+        # Some configurations leave the cache out unless it is asked for.
+        options = {"attention_mask": torch.ones_like(ids), "use_cache": True, **self.request.options}
+        options["past_key_values"] = self.cache
         try:
             if not ids.numel():
                 raise PolicyError("the prompt has no tokens, so there is nothing to go on from; give it some text")

@@ -36,6 +36,7 @@ __all__ = [
     "difference",
     "fits",
     "largest",
+    "moves_to_front",
     "pages",
     "rings_of",
     "room_for",
@@ -388,6 +389,19 @@ def room_for(tokens: int, window: int | None) -> int:
     window is moved to the front: eight tokens for each new one.
     """
     return tokens if window is None else min(tokens, max(1, window - 1) + max(1, window // 8))
+
+
+def moves_to_front(prompt: int, tokens: int, window: int) -> int:
+    """How often a cell moves its window to the front, from the prompt until it has got so many tokens in all.
+
+    Args:
+        prompt: tokens that come at once. If there is no room for them, those are kept that the next token sees.
+        tokens: in all, for which the cell was made.
+        window: of its layer.
+    """
+    room = room_for(tokens, window)
+    first = room if prompt <= room else prompt + room - max(1, window - 1)  # tokens when there is no place for another
+    return -(-(tokens - first) // (room - window + 1)) if tokens > first else 0
 
 
 def attends_kept(compression: Compression, *, direct: bool, is_plain: bool) -> bool:

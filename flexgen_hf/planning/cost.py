@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..errors import PolicyError
 from ..policy import Compression, Policy, Tier
-from .budget import Call, Demand, Limit, ModelSizes, rings_of
+from .budget import Call, Demand, Limit, ModelSizes, moves_to_front, rings_of, room_for
 from .hardware import Hardware
 from .layout import Piece, PlannedTensor, WeightLayout, routes_of, tensors_of
 from .placement import spread
@@ -342,9 +342,27 @@ class PlannedRun:
             return seconds
         return seconds + self._repacked_s(self.shape.cache_elements(tokens), is_load=is_load)
 
-    def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> int:
-        """Tokens of a cell that pass a lane, of all its rows."""
-        return rows * layer.attended(sweep.past if lane in _LOADS else sweep.tokens)
+    def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> float:
+        """Tokens of a cell that pass a lane, of all its rows; of decode, as many as in a sweep on average.
+
+        Of a sliding layer, the last token of the window is a new one. A prompt that is longer than its cell has room
+        for is kept only as far as later tokens see it. To disk, the whole window goes whenever it moves to the front.
+        """
+        window = layer.window
+        if lane in _LOADS:
+            return rows * (sweep.past if window is None else min(sweep.past, window - 1))
+        if window is None:
+            return rows * sweep.tokens
+        if not sweep.past:
+            has_room = sweep.tokens <= room_for(self.call.capacity, window)
+            return rows * (sweep.tokens if has_room else max(1, window - 1))
+        again = self._moves_to_front(window) * (window - 1) if lane is Lane.HOST_TO_DISK else 0.0
+        return rows * (sweep.tokens + again)
+
+    def _moves_to_front(self, window: int) -> float:
+        """How often a sliding layer's cells move their window to the front, in a sweep of decode."""
+        sweeps = self.workload.gen_len - 1
+        return moves_to_front(self.workload.prompt_len, self.call.capacity, window) / sweeps if sweeps else 0.0
 
     def hidden_s(self, lane: Lane, rows: int, sweep: Sweep) -> float:
         """Hidden states of a micro-batch across one link."""

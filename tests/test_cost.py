@@ -83,7 +83,7 @@ def test_of_windows_as_many_bytes_pass_each_lane_as_in_a_run(
         greedy(model, prompts, 22)
         uses = {Lane(lane): use.events for lane, use in model.last_run.lanes.items()}
     moved: collections.Counter[tuple[Lane, int]] = collections.Counter()
-    said: collections.Counter[tuple[Lane, int]] = collections.Counter()
+    said: dict[tuple[Lane, int], float] = collections.defaultdict(float)
     for lane, events in uses.items():
         for event in events:
             if event.name.what is What.CACHE:

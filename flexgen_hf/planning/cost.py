@@ -340,7 +340,7 @@ class PlannedRun:
         is_packed_in_compute = self._attends_kept and sweep.past
         if not self.casts or is_packed_in_compute or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
             return seconds
-        return seconds + self._repacked_s(self.shape.cache_elements(tokens), is_load=is_load)
+        return seconds + self._repacked_s(self.shape.cache_elements(1) * tokens, is_load=is_load)
 
     def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> float:
         """Tokens of a cell that pass a lane, of all its rows; of decode, as many as in a sweep on average.

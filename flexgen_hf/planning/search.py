@@ -25,7 +25,10 @@ from .schedule import Lane
 from .shape import ModelShape
 from .simulate import simulate
 
-__all__ = ["COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan", "prediction_to_dict"]
+__all__ = [
+    "COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "compressions_of",
+    "plan", "prediction_to_dict",
+]  # fmt: skip
 
 _FREE, _UNKNOWN = Freedom(), Known()
 
@@ -59,6 +62,17 @@ _ALTERNATIVES = 3
 
 # Fewer pieces than a run has make simulations shorter; a layer of several still begins to arrive early.
 _PIECES = 4
+
+
+def compressions_of(text: str) -> tuple[Compression, ...]:
+    """What `--compression` leaves to choose from.
+
+    Raises:
+        PolicyError: it is neither `none`, `any`, nor one compression.
+    """
+    if text == "any":
+        return COMPRESSIONS
+    return (Compression.of(None if text == "none" else text),)
 
 
 def plan(

@@ -8,11 +8,30 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .errors import FlexGenError, PolicyError, StoreError
+from .errors import FlexGenError, PolicyError
+from .options import (
+    BatchSize,
+    CompressionText,
+    DoSample,
+    DtypeName,
+    MaxMemory,
+    NumBatches,
+    NumBeams,
+    OffloadFolder,
+    PolicyText,
+    Progress,
+    Revision,
+    Temperature,
+    TopK,
+    TopP,
+    load_model,
+    load_tokenizer,
+    loading_options,
+    read_text,
+)
 
 __all__ = ["batch_command"]
 
-_Dtype = Literal["float16", "bfloat16", "float32"]
 _Format = Literal["jsonl", "csv", "tsv", "parquet", "text"]
 _Order = Literal["input", "finished"]
 
@@ -30,14 +49,11 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         int | None, typer.Option(min=1, help="Tokens to write after each prompt.", show_default=str(_NEW_TOKENS))
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a text; may be given many times.")] = None,
-    do_sample: Annotated[
-        bool | None,
-        typer.Option("--do-sample/--greedy", help="Sample, or take the likeliest token.", show_default="the model's"),
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this much of the probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
-    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of a beam search.")] = None,
+    do_sample: DoSample = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    num_beams: NumBeams = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any field of GenerationConfig, as `NAME=VALUE`; may be given many times."),
@@ -65,31 +81,18 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever the output holds.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Compute rows again that are errors.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for more files in the folder, until Ctrl-C.")] = False,
-    policy: Annotated[str | None, typer.Option(help="Six percentages or a JSON file, as for `generate`.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "--gpu-batch-size", help="Sequences of a micro-batch.")
-    ] = None,
-    num_batches: Annotated[
-        int | None, typer.Option("--num-batches", "--num-gpu-batches", help="Micro-batches of a block.")
-    ] = None,
-    compression: Annotated[str | None, typer.Option(help="As for `generate`.")] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Limit of each tier, for example `0=14GiB,cpu=180GiB,disk=1TiB`.")
-    ] = None,
-    offload_folder: Annotated[Path | None, typer.Option(help="Folder of the disk tier.", file_okay=False)] = None,
-    dtype: Annotated[
-        _Dtype | None,
-        typer.Option(help="Element type of compute.", show_default="float32 on a CPU, else the checkpoint's"),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="Show progress on stderr.", show_default="on a terminal"),
-    ] = None,
+    policy: PolicyText = None,
+    batch_size: BatchSize = None,
+    num_batches: NumBatches = None,
+    compression: CompressionText = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
+    dtype: DtypeName = None,
+    revision: Revision = None,
+    progress: Progress = None,
 ) -> None:
     """Writes on after each row of a file. Started again after whatever ended it, it goes on where it was."""
     from .apps import batch
-    from .cli import load_for_batch  # the command line is above its commands
 
     options = batch.generation_options(
         generation_config,
@@ -104,23 +107,23 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     )
     if options.get("max_length") is None:
         options.setdefault("max_new_tokens", _NEW_TOKENS)
-    template = _read_template(chat_template)
+    template = None if chat_template is None else read_text("--chat-template", chat_template)
+    loading = loading_options(
+        policy=policy,
+        batch_size=batch_size,
+        num_batches=num_batches,
+        compression=compression,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        dtype=dtype,
+        revision=revision,
+    )
 
     def load() -> tuple[Any, Any]:
-        loaded, tokenizer = load_for_batch(
-            model,
-            policy=policy,
-            batch_size=batch_size,
-            num_batches=num_batches,
-            compression=compression,
-            max_memory=max_memory,
-            offload_folder=offload_folder,
-            dtype=dtype,
-            revision=revision,
-        )
+        tokenizer = load_tokenizer(model, revision=revision)
         if template is not None:
             tokenizer.chat_template = template
-        return loaded, tokenizer
+        return load_model(model, loading), tokenizer
 
     job = batch.Job(
         options=options,
@@ -155,10 +158,3 @@ def _run_folder(source: Path, output: Path, load: Any, job: Any, shown: bool, wa
         typer.echo(f"{path.name}: {'error: ' if isinstance(came, FlexGenError) else ''}{came}", err=True)
     if failed:
         raise FlexGenError(f"{failed} files could not be done; the lines above say why")
-
-
-def _read_template(file: Path | None) -> str | None:
-    try:
-        return None if file is None else file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"--chat-template: cannot read {str(file)!r} ({error})") from error

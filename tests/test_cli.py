@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import flexgen_hf
-from flexgen_hf import FlexGenError, Placement, Policy, PolicyError, cli
+from flexgen_hf import FlexGenError, Placement, Policy, PolicyError, cli, options
 from flexgen_hf.text import dtype_of_compute
 
 ROOT = Path(__file__).parent.parent
@@ -244,23 +244,23 @@ class TestReadingOptions:
     )
     def test_refused_max_memory(self, text, words):
         with pytest.raises(PolicyError) as refusal:
-            cli.parse_max_memory(text)
+            options.parse_max_memory(text)
         assert words in str(refusal.value)
 
     def test_no_option_is_no_policy(self):
-        assert cli.parse_policy(None, None, batch_size=None, overlap=None) is None
+        assert options.parse_policy(None, None, batch_size=None, overlap=None) is None
 
     def test_fields_alone_are_a_policy(self):
-        assert cli.parse_policy(None, None, batch_size=3) == Policy(batch_size=3)
+        assert options.parse_policy(None, None, batch_size=3) == Policy(batch_size=3)
 
     def test_two_spellings_of_one_thing_are_refused(self):
         with pytest.raises(PolicyError, match="give one of them"):
-            cli.parse_policy("20 80 0 100 0 100", (20, 80, 0, 100, 0, 100))
+            options.parse_policy("20 80 0 100 0 100", (20, 80, 0, 100, 0, 100))
 
     def test_a_policy_file(self, tmp_path):
         file = tmp_path / "policy.json"
         file.write_text(Policy(weights=Placement(host=1.0)).to_json())
-        assert cli.parse_policy(str(file), batch_size=2) == Policy(weights=Placement(host=1.0), batch_size=2)
+        assert options.parse_policy(str(file), batch_size=2) == Policy(weights=Placement(host=1.0), batch_size=2)
 
     def test_no_prompt_is_refused(self, tmp_path):
         with pytest.raises(FlexGenError, match="give --prompt TEXT"):

@@ -31,8 +31,9 @@ ROWS = (
     {"loading", "modeling"},
     {"__init__"},
     {"text", "quality", "bench", "apps", "integrations", "sweep", "plots"},
-    {"demo", "plan_command", "profile_command", "models_command"},
-    {"cli", "batch_command"},
+    {"demo", "plan_command", "profile_command", "models_command", "options"},
+    {"batch_command"},
+    {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
 
@@ -41,7 +42,6 @@ MATES = {
     frozenset({"errors", "policy"}): "policies raise errors",
     frozenset({"loading", "modeling"}): "two ends of one hook: from_pretrained enters transformers' loading, which "
     "makes the loaded model one of ours",
-    frozenset({"cli", "batch_command"}): "a command of the command line that loads a model as its others do",
 }
 
 # the package's front door names what is behind it, and registers it with transformers

@@ -41,7 +41,7 @@ class FlexGenLM(HFLM):  # type: ignore[misc]  # without lm-eval there is no such
         tokenizer: another one than the model's.
         batch_size: rows of a micro-batch; 1 and `auto` leave it to the policy.
         max_batch_size: of no meaning here.
-        arguments: what `FlexGenForCausalLM.from_pretrained` takes, and what lm-eval's `hf` takes about tokens and texts.
+        arguments: those of `FlexGenForCausalLM.from_pretrained`, and those of lm-eval's `hf` about tokens and texts.
     """
 
     def __init__(

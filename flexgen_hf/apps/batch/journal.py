@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -120,14 +120,15 @@ class Journal:
             StoreError: it cannot be written.
         """
         self._sync()
-        places: dict[int, tuple[int, int]] = {}
-        at = 0
+        offsets = array.array("q", [-1]) * len(self._digests)  # of row i: eight bytes a row, as for the digests
+        at, last, is_ordered = 0, -1, True
         with self.path.open("rb") as lines:
             for line in lines:
-                places[_row_of(line)[0]] = (at, len(line))
+                index = _row_of(line)[0]
+                offsets[index], is_ordered, last = at, is_ordered and index > last, index
                 at += len(line)
-        if list(places) != sorted(places):
-            self._replace([places[index] for index in sorted(places)])
+        if not is_ordered:
+            self._replace(offset for offset in offsets if offset >= 0)
         self.close(sync=False)
 
     def close(self, *, sync: bool = True) -> None:
@@ -178,7 +179,7 @@ class Journal:
 
     def _recover(self, retry_errors: bool) -> None:
         """Reads what is there, and cuts off a line that is not whole."""
-        at, keep = 0, list[tuple[int, int]]()
+        at, keep, kept_bytes = 0, array.array("q"), 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
@@ -194,22 +195,23 @@ class Journal:
                     break
                 if not (is_error and retry_errors):
                     self._note(index, digest)
-                    keep.append((at, len(line)))
+                    keep.append(at)
+                    kept_bytes += len(line)
                 at += len(line)
         self._file.truncate(at)
-        if sum(size for _, size in keep) < at:
+        if kept_bytes < at:
             self._replace(keep)
             self._file = self.path.open("ab", buffering=0)
             self._lock()
 
-    def _replace(self, places: Sequence[tuple[int, int]]) -> None:
-        """Puts a file with these lines, (offset, bytes) each, in the place of the output."""
+    def _replace(self, offsets: Iterable[int]) -> None:
+        """Puts a file with the lines that begin at these offsets in the place of the output."""
         partial = self.path.with_name(self.path.name + ".partial")
         try:
             with partial.open("wb") as file, self.path.open("rb") as source:
-                for offset, size in places:
+                for offset in offsets:
                     source.seek(offset)
-                    file.write(source.read(size))
+                    file.write(source.readline())
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path)

@@ -104,7 +104,10 @@ def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its para
     Killed and started again with the same options, it goes on where it was.
     """
     from .apps import batch, wrangle
+    from .apps.wrangle.predictions import refuse_ending
 
+    if output is not None:
+        refuse_ending(output)
     chosen = wrangle.Shots(shots, "manual" if examples is not None else choose, examples, seed)
     dataset = _read(task, data, (left, right, pairs), column, clean, made_errors, seed).limited(max_samples, seed)
     if filled is not None and (task != "imputation" or data is None or not data.is_file()):

@@ -91,20 +91,20 @@ def at_random(data: Data, count: int, seed: int) -> list[Example]:
 
 
 def by_clusters(texts: Sequence[str], count: int, seed: int) -> list[int]:
-    """Numbers of distinct texts, of each of so many clusters the one nearest to its centre; fewer if there are no more."""
+    """Numbers of distinct texts, of each of so many clusters the one nearest to its centre; fewer if there are none."""
     import numpy as np
     from scipy.cluster.vq import kmeans2
 
-    distinct = list({text: place for place, text in reversed([*enumerate(texts)])}.values())
+    distinct = sorted({text: place for place, text in reversed([*enumerate(texts)])}.values())
     if count < 1 or len(distinct) <= count:
-        return sorted(distinct)[: max(0, count)]
+        return distinct[: max(0, count)]
     vectors = _vectors([texts[place] for place in distinct])
     found = []
     with warnings.catch_warnings():
         # an empty cluster gives no text
         warnings.simplefilter("ignore", UserWarning)
         for start in range(_STARTS):
-            centres, cluster = kmeans2(vectors, count, minit="++", seed=_STARTS * seed + start)
+            centres, cluster = kmeans2(vectors, count, minit="++", seed=(_STARTS * seed + start) % 2**32)
             found.append((np.linalg.norm(vectors - centres[cluster], axis=1), cluster))
     distances, cluster = min(found, key=lambda pair: float((pair[0] ** 2).sum()))
     nearest: dict[int, int] = {}

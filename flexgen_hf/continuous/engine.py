@@ -412,7 +412,7 @@ class ContinuousBatches:
             self._on_sweep(news)
 
     def _end(self, text: _Waiting) -> None:
-        self._ended.append(Written(text.request, text.result, text.failure))
+        self._ended.append(Written(text.request, text.result, text.failure, text.log_probs))
 
     def _fail(self, text: _Waiting, error: Exception) -> None:
         text.end()

@@ -61,6 +61,8 @@ def _loaded(model: str, options: str) -> Engine:
     from ...text import dtype_of_compute, load_tokenizer
 
     given = json.loads(options)
+    if isinstance(limits := given.get("max_memory"), dict):  # JSON has no numbers for names
+        given["max_memory"] = {int(name) if name.isdecimal() else name: size for name, size in limits.items()}
     own = {name: given.pop(name) for name in ("chat", "seed", "least_shared") if name in given}
     revision = {"revision": given["revision"]} if "revision" in given else {}
     tokenizer = load_tokenizer(model, **revision)

@@ -18,6 +18,7 @@ from . import __version__
 from .batch_command import batch_command
 from .bench.command import bench_command
 from .errors import FlexGenError, StoreError
+from .helm_command import helm_command
 from .models_command import models_command
 from .options import (
     BatchSize,
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.command("convert")(convert_command)
 app.command("verify")(verify_command)
 app.command("batch")(batch_command)
+app.command("helm")(helm_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)

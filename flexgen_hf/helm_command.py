@@ -83,7 +83,7 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
     revision: Revision = None,
     progress: Progress = None,
 ) -> None:
-    """Runs benchmarks of Stanford's HELM (extra `helm`), the requests of a scenario in blocks, into HELM's own files."""
+    """Runs benchmarks of Stanford's HELM (extra `helm`), a scenario's requests in blocks, into HELM's own files."""
     from .apps import helm
 
     refuse_missing_folder(model)

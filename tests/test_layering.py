@@ -30,9 +30,10 @@ ROWS = (
     {"checkpoints", "continuous"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "quality", "bench", "apps", "integrations", "sweep", "plots"},
+    {"text"},
+    {"quality", "bench", "apps", "integrations", "sweep", "plots"},
     {"demo", "plan_command", "profile_command", "models_command", "options"},
-    {"batch_command"},
+    {"batch_command", "helm_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

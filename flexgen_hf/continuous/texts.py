@@ -222,7 +222,7 @@ class Text(greenlet.greenlet):
             self.failure = error
 
     def _note(self, chosen: torch.Tensor) -> None:
-        """Notes how likely tokens were that have been chosen, (rows,); they are known when the next ones are asked for."""
+        """Notes how likely chosen tokens were, (rows,); they are known when the next ones are asked for."""
         logits, self._logits = self._logits, None
         if logits is None or not chosen.numel():
             return

@@ -12,12 +12,12 @@ from ...continuous.texts import TextRequest, Written
 from ...errors import FlexGenError
 from .requests import Asked, digest_of, read
 
-__all__ = ["Answer", "Engine", "Sequence"]
+__all__ = ["Answer", "Engine", "Passage"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequence:
-    """What was written, as HELM takes it: text and tokens with special tokens, not cut at stop strings.
+class Passage:
+    """A text with its tokens, special ones included; what was written is not cut at stop strings, which is for HELM.
 
     Args:
         text: all of it.
@@ -37,13 +37,13 @@ class Answer:
     """What came of a request.
 
     Args:
-        sequences: as many as were asked for; none if there was an error.
+        written: as many texts as were asked for; none if there was an error.
         prompt: the prompt, if it was to be echoed: each token after those before it, the first one with 0.
         error: what was wrong with the request.
     """
 
-    sequences: tuple[Sequence, ...] = ()
-    prompt: Sequence | None = None
+    written: tuple[Passage, ...] = ()
+    prompt: Passage | None = None
     error: Exception | None = None
 
 
@@ -109,15 +109,16 @@ class Engine:
     def _prompts(self, asked: dict[str, Asked]) -> dict[str, Answer]:
         """Of requests that want their prompt echoed, how likely it is."""
         echoed = {name: one for name, one in asked.items() if one.echo}
-        found = {name: Answer(prompt=self._sequence(one.ids, [0.0])) for name, one in echoed.items()}
-        pairs = [ScoreRequest(one.ids[:1], one.ids[1:], name) for name, one in echoed.items() if len(one.ids) > 1]
+        found = {
+            name: Answer(prompt=self._passage(one.ids, [0.0])) for name, one in echoed.items() if len(one.ids) == 1
+        }
+        pairs = [ScoreRequest(one.ids[:1], one.ids[1:], name) for name, one in echoed.items() if name not in found]
         for scored in self.model.score_each(pairs, least_shared=self._least_shared) if pairs else ():
-            ids = echoed[scored.request.key].ids
-            found[scored.request.key] = (
-                Answer(error=scored.error)
-                if scored.error is not None
-                else Answer(prompt=self._sequence(ids, [0.0, *scored.log_probs.tolist()]))
-            )
+            if scored.error is None:
+                prompt = self._passage(echoed[scored.request.key].ids, [0.0, *scored.log_probs.tolist()])
+                found[scored.request.key] = Answer(prompt=prompt)
+            else:
+                found[scored.request.key] = Answer(error=scored.error)
         return found
 
     def _written(self, asked: dict[str, Asked]) -> Iterable[tuple[str, Answer]]:
@@ -127,7 +128,7 @@ class Engine:
             if one.tokens:
                 requests.append(TextRequest(one.ids, one.options, one.seed, name, log_probs=True))
             else:
-                yield name, Answer((Sequence(""),) * (one.rows * one.copies))
+                yield name, Answer((Passage(""),) * (one.rows * one.copies))
         for written in self.model.generate_each(requests, least_shared=self._least_shared) if requests else ():
             yield written.request.key, self._answer(asked[written.request.key], written)
 
@@ -136,12 +137,10 @@ class Engine:
             return Answer(error=written.error)
         assert written.log_probs is not None
         rows = written.output[:, len(asked.ids) :].tolist()
-        sequences = [
-            self._ended(asked, ids, values) for ids, values in zip(rows, written.log_probs.tolist(), strict=True)
-        ]
-        return Answer(tuple(sequences) * asked.copies)
+        made = [self._ended(asked, ids, values) for ids, values in zip(rows, written.log_probs.tolist(), strict=True)]
+        return Answer(tuple(made) * asked.copies)
 
-    def _ended(self, asked: Asked, ids: list[int], log_probs: list[float]) -> Sequence:
+    def _ended(self, asked: Asked, ids: list[int], log_probs: list[float]) -> Passage:
         """A row without the token that ended it, and without the padding behind, if others of its request went on."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -150,9 +149,9 @@ class Engine:
         ids = ids[:end]
         if asked.stop is not None and (count := asked.stop.tokens_until(ids)) is not None:
             ids, reason = ids[:count], "stop"
-        return self._sequence(ids, log_probs, reason)
+        return self._passage(ids, log_probs, reason)
 
-    def _sequence(self, ids: Iterable[int], log_probs: list[float], reason: str = "length") -> Sequence:
+    def _passage(self, ids: Iterable[int], log_probs: list[float], reason: str = "length") -> Passage:
         ids = list(ids)
         tokens = tuple(self.tokenizer.decode([token]) for token in ids)
-        return Sequence(self.tokenizer.decode(ids), tokens, tuple(log_probs[: len(ids)]), reason)
+        return Passage(self.tokenizer.decode(ids), tokens, tuple(log_probs[: len(ids)]), reason)

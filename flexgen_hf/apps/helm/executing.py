@@ -8,18 +8,18 @@ because its base classes are not there to import unless HELM is.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import threading
 import time
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from ...errors import FlexGenError, StoreError
-from .engine import Answer, Engine, Sequence
+from ...errors import StoreError
+from .engine import Answer, Engine, Passage
 
-__all__ = ["CLIENT", "BatchExecutor", "FlexGenClient", "batch_runner", "engine_of", "require_helm"]
+__all__ = ["CLIENT", "BatchExecutor", "FlexGenClient", "batch_runner", "engine_of", "release", "require_helm"]
 
 #: the class that a deployment names
 CLIENT = "flexgen_hf.apps.helm.executing.FlexGenClient"
@@ -44,29 +44,47 @@ def require_helm() -> None:
         raise StoreError(f"HELM cannot be imported ({' '.join(str(error).split())}); {_HOW_TO_INSTALL}") from error
 
 
+#: the engine that is loaded, by what it was loaded with
+_loaded: dict[str, Engine] = {}
+
+# HELM makes requests from several threads, and one model answers one call at a time.
+_one_at_a_time = threading.RLock()
+
+
 def engine_of(model: str, **options: Any) -> Engine:
-    """The engine of a deployment, loaded once in a process.
+    """The engine of a deployment. One is loaded at a time, and stays until another one is asked for.
 
     Args:
         model: Hub id, model folder, store or GGUF file.
         options: `chat`, `seed` and `least_shared` as `Engine` takes them, and what `from_pretrained` takes, as JSON
             has it.
     """
-    return _loaded(model, json.dumps(options, sort_keys=True))
+    name = json.dumps([model, options], sort_keys=True)
+    with _one_at_a_time:
+        if name not in _loaded:
+            release()
+            _loaded[name] = _load(model, dict(options))
+        return _loaded[name]
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(model: str, options: str) -> Engine:
+def release() -> None:
+    """Gives back the memory and the files of the engine that is loaded."""
+    with _one_at_a_time:
+        while _loaded:
+            _loaded.popitem()[1].model.close()
+
+
+def _load(model: str, options: dict[str, Any]) -> Engine:
     from ... import FlexGenForCausalLM
     from ...text import dtype_of_compute, load_tokenizer
 
-    given = json.loads(options)
-    if isinstance(limits := given.get("max_memory"), dict):  # JSON has no numbers for names
-        given["max_memory"] = {int(name) if name.isdecimal() else name: size for name, size in limits.items()}
-    own = {name: given.pop(name) for name in ("chat", "seed", "least_shared") if name in given}
-    revision = {"revision": given["revision"]} if "revision" in given else {}
+    if isinstance(limits := options.get("max_memory"), dict):  # JSON has no numbers for names
+        options["max_memory"] = {int(tier) if str(tier).isdecimal() else tier: size for tier, size in limits.items()}
+    own = {name: options.pop(name) for name in ("chat", "seed", "least_shared") if name in options}
+    revision = {"revision": options["revision"]} if "revision" in options else {}
     tokenizer = load_tokenizer(model, **revision)
-    return Engine(FlexGenForCausalLM.from_pretrained(model, **{"dtype": dtype_of_compute(), **given}), tokenizer, **own)
+    loaded = FlexGenForCausalLM.from_pretrained(model, **{"dtype": dtype_of_compute(), **options})
+    return Engine(loaded, tokenizer, **own)
 
 
 class FlexGenClient:
@@ -82,9 +100,11 @@ class FlexGenClient:
 
     def make_request(self, request: Any) -> Any:
         """HELM's `RequestResult` of a request."""
-        engine, started = engine_of(self._model, **self._options), time.time()
-        (answer,) = engine.answer([request])
-        return result_of(answer, request, _end_of_text(self._tokenizer_name), _Job(started, time.time() - started, 1))
+        with _one_at_a_time:
+            engine, started = engine_of(self._model, **self._options), time.time()
+            (answer,) = engine.answer([request])
+            job = _Job(started, time.time() - started, 1)
+        return result_of(answer, request, _end_of_text(self._tokenizer_name), job)
 
 
 class BatchExecutor:
@@ -110,11 +130,11 @@ class BatchExecutor:
         deployment = get_model_deployment(scenario_state.adapter_spec.model_deployment)
         if self.execution_spec.dry_run or deployment.client_spec.class_name != CLIENT:
             return self._inner.execute(scenario_state)
-        engine = engine_of(**deployment.client_spec.args)
         states = scenario_state.request_states
-        started = time.time()
-        answers = self._answers(engine, [state.request for state in states])
-        job = _Job(started, time.time() - started, len(states))
+        with _one_at_a_time:
+            engine, started = engine_of(**deployment.client_spec.args), time.time()
+            answers = self._answers(engine, [state.request for state in states])
+            job = _Job(started, time.time() - started, len(states))
         _refuse_failures(answers)
         end = _end_of_text(deployment.tokenizer_name or deployment.name)
         done = [
@@ -123,7 +143,7 @@ class BatchExecutor:
         ]
         return dataclasses.replace(scenario_state, request_states=done)
 
-    def _answers(self, engine: Engine, requests: Items[Any]) -> list[Answer]:
+    def _answers(self, engine: Engine, requests: Sequence[Any]) -> list[Answer]:
         with tqdm(total=len(requests), unit="request", disable=not self._show_progress) as bar:
             return engine.answer(requests, bar.update)
 
@@ -164,30 +184,30 @@ def result_of(answer: Answer, request: Any, end_of_text: str | None, job: _Job) 
         cached=False,
         request_time=job.seconds / job.requests,
         request_datetime=int(job.started),
-        completions=[_completion(one, answer.prompt, request, end_of_text) for one in answer.sequences],
+        completions=[_completion(one, answer.prompt, request, end_of_text) for one in answer.written],
         embedding=[],
         batch_size=job.requests,
         batch_request_time=job.seconds,
     )
 
 
-def _completion(sequence: Sequence, prompt: Sequence | None, request: Any, end_of_text: str | None) -> Any:
+def _completion(written: Passage, prompt: Passage | None, request: Any, end_of_text: str | None) -> Any:
     from helm.clients.client import truncate_sequence
     from helm.common.request import GeneratedOutput
 
     # Told that there is no echo, HELM cuts what was written, which is all that it is given here.
     bare = dataclasses.replace(request, echo_prompt=False)
-    cut = truncate_sequence(_generated(sequence), bare, end_of_text or None, print_warning=False)
+    cut = truncate_sequence(_generated(written), bare, end_of_text or None, print_warning=False)
     if prompt is not None:
         cut = _generated(prompt) + cut
-    return GeneratedOutput(cut.text, cut.logprob, cut.tokens, finish_reason={"reason": sequence.finish_reason})
+    return GeneratedOutput(cut.text, cut.logprob, cut.tokens, finish_reason={"reason": written.finish_reason})
 
 
-def _generated(sequence: Sequence) -> Any:
+def _generated(passage: Passage) -> Any:
     from helm.common.request import GeneratedOutput, Token
 
-    tokens = [Token(text, value) for text, value in zip(sequence.tokens, sequence.log_probs, strict=True)]
-    return GeneratedOutput(sequence.text, sum(sequence.log_probs), tokens)
+    tokens = [Token(text, value) for text, value in zip(passage.tokens, passage.log_probs, strict=True)]
+    return GeneratedOutput(passage.text, sum(passage.log_probs), tokens)
 
 
 def _end_of_text(tokenizer_name: str) -> str | None:
@@ -197,12 +217,10 @@ def _end_of_text(tokenizer_name: str) -> str | None:
     return None if config is None else config.end_of_text_token
 
 
-def _refuse_failures(answers: Items[Answer]) -> None:
+def _refuse_failures(answers: Sequence[Answer]) -> None:
     from helm.benchmark.executor import ExecutorError
 
     failed = [answer.error for answer in answers if answer.error is not None]
-    if not failed:
-        return
-    first = failed[0]
-    message = f"{len(failed)} of {len(answers)} requests have no answer; the first: {first}"
-    raise (type(first)(message) if type(first).__init__ is FlexGenError.__init__ else ExecutorError(message)) from first
+    if failed:
+        first = f"{type(failed[0]).__name__}: {failed[0]}"
+        raise ExecutorError(f"{len(failed)} of {len(answers)} requests have no answer; the first: {first}")

@@ -1,7 +1,7 @@
 """What a request of HELM asks for, in terms of `generate_each`. Knows its fields, not HELM itself.
 
-Fields by their names in `helm.common.request.Request`. What cannot be done is refused by name: a request that is answered
-as if it had asked for less would change a benchmark in silence.
+Fields by their names in `helm.common.request.Request`. What cannot be done is refused by name: an answer as if less had
+been asked for would change a benchmark in silence.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def read(request: Any, tokenizer: Any, *, chat: bool = False, seed: int = 0) -> 
 
     `temperature` 0 is greedy. Else tokens are drawn from the whole distribution at that temperature, as far as `top_p`
     allows; `top_k_per_token` is how many candidates per token a client may report, of which HELM's results have no
-    place for more than the chosen one. What is drawn follows from `seed` and the request, `random` included, so the same
-    request has the same answer.
+    place for more than the chosen one. What is drawn follows from `seed` and the request, `random` included, so the
+    same request has the same answer.
 
     Args:
         request: has the fields of HELM's.
@@ -151,11 +151,9 @@ def _tokens(request: Any, tokenizer: Any, *, chat: bool) -> list[int]:
     if messages and request.prompt:
         raise PolicyError("the request has a prompt and messages; HELM means one of them")
     if not (messages or chat):
-        ids: list[int] = tokenizer(request.prompt, verbose=False)["input_ids"]
-        return ids
+        return list(tokenizer(request.prompt, verbose=False)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise PolicyError("the model has no chat template; leave --chat and scenarios of messages out")
     conversation = messages or [{"role": "user", "content": request.prompt}]
     text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

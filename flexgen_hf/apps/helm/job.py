@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FlexGenError, PolicyError
-from .executing import CLIENT, batch_runner, require_helm
+from .executing import CLIENT, batch_runner, release, require_helm
 
 __all__ = ["HelmJob", "HelmReport", "HelmRun", "run"]
 
@@ -139,15 +139,18 @@ def run(job: HelmJob, *, show_progress: bool = False) -> HelmReport:
     )
     done: list[HelmRun] = []
     failed: list[tuple[str, Exception]] = []
-    for spec in specs:
-        started = time.perf_counter()
-        try:
-            runner.run_one(spec)
-        except Exception as error:  # noqa: BLE001  HELM raises what it likes, and one run must not end the others
-            failed.append((spec.name, error))
-            continue
-        path = job.output_path / "runs" / job.suite / spec.name
-        done.append(HelmRun(spec.name, path, time.perf_counter() - started, _requests(path), _metric(spec, path)))
+    try:
+        for spec in specs:
+            started = time.perf_counter()
+            try:
+                runner.run_one(spec)
+            except Exception as error:  # noqa: BLE001  HELM raises what it likes, and one run must not end the others
+                failed.append((spec.name, error))
+                continue
+            path = job.output_path / "runs" / job.suite / spec.name
+            done.append(HelmRun(spec.name, path, time.perf_counter() - started, _requests(path), _metric(spec, path)))
+    finally:
+        release()
     if failed:
         name, error = failed[0]
         raise FlexGenError(
@@ -235,8 +238,10 @@ def _context(model: str, tokenizer: Any, revision: dict[str, str]) -> int:
     known = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     longest = min((length for length in known if length and length < 10**9), default=None)
     if longest is None:
-        raise PolicyError(f"neither the configuration of {model!r} nor its tokenizer says how long a text may be; give "
-                          "--max-sequence-length")
+        raise PolicyError(
+            f"neither the configuration of {model!r} nor its tokenizer says how long a text may be; give "
+            "--max-sequence-length"
+        )
     return int(longest) - int(tokenizer.num_special_tokens_to_add(pair=False))
 
 

@@ -20,8 +20,9 @@ from .options import (
     Progress,
     Revision,
     given,
+    hide_loading_bar,
+    load_tokenizer,
     loading_options,
-    refuse_missing_folder,
 )
 from .policy import Policy
 
@@ -86,7 +87,8 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
     """Runs benchmarks of Stanford's HELM (extra `helm`), a scenario's requests in blocks, into HELM's own files."""
     from .apps import helm
 
-    refuse_missing_folder(model)
+    hide_loading_bar()
+    load_tokenizer(model, revision=revision)  # what is wrong with the model is said before HELM does anything
     options = loading_options(
         policy=policy,
         percent=percent,
@@ -103,7 +105,7 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
         options["policy"] = options["policy"].to_dict()
     job = helm.HelmJob(
         descriptions=tuple(description),
-        model=model,
+        model=str(Path(model).expanduser()) if model.startswith("~") else model,
         options={**options, "chat": chat, "seed": seed, "least_shared": least_shared or None},
         dry_run=dry_run,
         skip_completed_runs=skip_completed_runs,

@@ -382,15 +382,15 @@ def stats_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-DEPLOYMENT = f"""
+DEPLOYMENT = """
 model_deployments:
-  - name: huggingface/theirs
+  - name: huggingface/SUITE
     model_name: huggingface/tiny-opt
     tokenizer_name: huggingface/tiny-opt
     max_sequence_length: 511
     client_spec:
-      class_name: helm.clients.huggingface_client.HuggingFaceClient
-      args: {{pretrained_model_name_or_path: {TINY_OPT}, apply_chat_template: false, torch_dtype: torch.float32}}
+      class_name: CLASS
+      args: ARGUMENTS
 """
 TOKENIZER = f"""
 tokenizer_configs:
@@ -403,20 +403,20 @@ tokenizer_configs:
 """
 
 
-def theirs(output: Path, description: str, instances: int) -> None:
-    """The same run by HELM alone: its client, its executor."""
-    from helm.benchmark.run import build_parser, helm_run
+def helm_run(suite: str, output: Path, description: str, client: str, arguments: dict[str, Any], *options: str) -> Path:
+    """A run by HELM's own command with the client that is named in its file of deployments."""
+    from helm.benchmark import run
 
-    env = output / "their env"
+    env = output / suite
     env.mkdir()
-    (env / "model_deployments.yaml").write_text(DEPLOYMENT)
+    deployment = DEPLOYMENT.replace("SUITE", suite).replace("CLASS", client)
+    (env / "model_deployments.yaml").write_text(deployment.replace("ARGUMENTS", json.dumps(arguments)))
     (env / "tokenizer_configs.yaml").write_text(TOKENIZER)
-    line = f"--run-entries {description} --models-to-run huggingface/tiny-opt -m {instances} --suite theirs -n 1"
-    helm_run(
-        build_parser().parse_args(
-            [*line.split(), "-o", str(output), "--local-path", str(env), "--disable-cache", "--exit-on-error"]
-        )
-    )
+    line = f"--run-entries {description} --models-to-run huggingface/tiny-opt -m 3 --suite {suite} -n 2 --exit-on-error"
+    where = ["-o", str(output), "--local-path", str(env), "--disable-cache"]
+    run.helm_run(run.build_parser().parse_args([*line.split(), *where, *options]))
+    (folder,) = (output / "runs" / suite).glob(description.split(":")[0] + "*")
+    return folder
 
 
 @needs_helm
@@ -436,10 +436,16 @@ def test_the_files_and_metrics_of_helms_own_client(tmp_path: Path, description: 
     assert run.requests == 3
     files = {"run_spec.json", "scenario.json", "scenario_state.json", "stats.json", "per_instance_stats.json"}
     assert {file.name for file in run.path.iterdir()} >= files
-    theirs(tmp_path, description, 3)
-    (other,) = (tmp_path / "runs" / "theirs").glob("synthetic*")
+    client = "helm.clients.huggingface_client.HuggingFaceClient"
+    arguments = {"pretrained_model_name_or_path": str(TINY_OPT), "apply_chat_template": False}
+    other = helm_run("theirs", tmp_path, description, client, {**arguments, "torch_dtype": "torch.float32"})
     assert stats_of(run.path) == stats_of(other)
-    ours, plain = (json.loads((path / "scenario_state.json").read_text()) for path in (run.path, other))
+    runner = ["--runner-class-name", "flexgen_hf.apps.helm.batch_runner"]
+    again = helm_run("plugged", tmp_path, description, executing.CLIENT, {"model": str(TINY_OPT)}, *runner)
+    executing.release()
+    assert stats_of(again) == stats_of(run.path)
+    ours, plain, plugged = (json.loads((path / "scenario_state.json").read_text()) for path in (run.path, other, again))
+    assert {state["result"]["batch_size"] for state in plugged["request_states"]} == {3}
     for one, same in zip(ours["request_states"], plain["request_states"], strict=True):
         assert one["request"]["prompt"] == same["request"]["prompt"]
         (mine,), (his,) = one["result"]["completions"], same["result"]["completions"]

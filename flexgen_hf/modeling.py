@@ -414,7 +414,7 @@ class FlexGenForCausalLM(FixedWeights):
             )
         given = model_kwargs.get("past_key_values")
         if isinstance(given, TextCache):
-            given.limit = length
+            given.limit, given.beams = length, generation_config.num_beams or 1
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, length
             )

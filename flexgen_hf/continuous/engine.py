@@ -423,7 +423,7 @@ class ContinuousBatches:
             self._on_sweep(news)
 
     def _end(self, text: Waiting) -> None:
-        self._ended.append(Written(text.request, text.result, text.failure))
+        self._ended.append(Written(text.request, text.result, text.failure, text.log_probs))
 
     def _fail(self, text: Waiting, error: Exception) -> None:
         text.end()

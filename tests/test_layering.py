@@ -32,7 +32,7 @@ ROWS = (
     {"__init__"},
     {"text", "quality", "bench", "apps", "integrations", "sweep", "plots"},
     {"demo", "plan_command", "profile_command", "models_command", "options"},
-    {"batch_command"},
+    {"batch_command", "wrangle_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -17,7 +17,7 @@ from .accounting import shape_of
 from .architectures import Structure
 from .experts import find_mixtures
 from .planning.budget import Demand, Limit, ModelSizes, alternatives, attends_kept, difference, fits, rings_of, totals
-from .planning.layout import PlannedTensor
+from .planning.layout import PlannedTensor, Tensors
 from .planning.placement import assign
 from .planning.schedule import Rings
 from .policy import Compression, Placement, Policy, Tier
@@ -104,10 +104,10 @@ class Placing:
         """The same for the rings of a policy."""
         return self.demand(rings_of(policy), one_batch=policy.num_batches == 1)
 
-    def planned(self) -> list[PlannedTensor]:
+    def planned(self) -> Tensors:
         """The tensors as a planner sees them."""
         late = self._late(one_batch=True)
-        return [
+        return Tensors(
             PlannedTensor(
                 stage=tensor.stage,
                 elements=math.prod(tensor.extent.shape),
@@ -120,7 +120,7 @@ class Placing:
                 expert=tensor.expert,
             )
             for tensor in _at_tables(self.tensors, self._tables)
-        ]
+        )
 
     # ---------------------------------------------------------------------------------------------------------- inside
     def _moves(self, tensor: StoredTensor) -> bool:

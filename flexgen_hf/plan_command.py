@@ -18,11 +18,11 @@ from .planning.hardware import Hardware
 from .planning.original import PUBLISHED, Comparison, compare
 from .planning.plan import OBJECTIVES, Freedom, Plan
 from .planning.presets import hardware_of, preset
-from .planning.search import COMPRESSIONS, Planner
+from .planning.search import Planner, compressions_of
 from .planning.shape import ModelShape, read_config
-from .policy import Compression, Policy, Tier
+from .policy import Policy, Tier
 
-__all__ = ["compressions_of", "plan_command", "shape_of_model"]
+__all__ = ["plan_command", "shape_of_model"]
 
 _Dtype = Literal["float16", "bfloat16", "float32"]
 _Objective = Literal["throughput", "latency", "block"]
@@ -150,17 +150,6 @@ def _fetched(model: str) -> Path:
             f"no folder {model!r}, and its configuration cannot be fetched from the Hub ({reason}); give a model's "
             "folder, or --shape"
         ) from error
-
-
-def compressions_of(text: str) -> tuple[Compression, ...]:
-    """What `--compression` leaves to choose from.
-
-    Raises:
-        PolicyError: something else.
-    """
-    if text == "any":
-        return COMPRESSIONS
-    return (Compression.of(None if text == "none" else text),)
 
 
 def _limited(hardware: Hardware, max_memory: str | None) -> Hardware:

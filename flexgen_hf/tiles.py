@@ -18,69 +18,27 @@ from .quantization.groupwise import GroupFormat, Quantized
 
 __all__ = ["TileCast", "TileDequantize"]
 
-# What is cast at a time stays in the processor's cache where few rows are multiplied, and memory is the limit; where
-# many are, a larger part makes the product more efficient.
-_FEW_ROWS = 64
-_SMALL_TILE_BYTES = 2 << 20
-
-# Of what one thread dequantizes at a time; smaller tiles are no faster, as calls take time too.
+# What one thread makes at a time stays in its processor's cache. Smaller tiles are no faster, as calls take time too.
+_CAST_TILE_BYTES = 2 << 20
 _DEQUANTIZED_TILE_BYTES = 4 << 20
 
 # Matrices of fewer bytes in the dtype of compute are not shared among threads.
 _SHARED_BYTES = 1 << 19
 
 
-class TileCast:
-    """`torch.nn.functional.linear` for weights kept in another dtype, cast tile by tile into a reused buffer."""
+class _Tiles:
+    """Products by tiles whose rows are shared among as many threads as torch has.
 
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+    Each thread makes tiles of its share in a buffer of its own and multiplies from there alone. Two threads that make a
+    tile together and then multiply from it together read from each other's caches: between cores that share none, that
+    took three times as long as all the rest.
 
-    def release(self) -> None:
-        """Gives the buffer back."""
-        self._buffer = None
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product.
-
-        Args:
-            x: (..., in_features) in the dtype of compute.
-            weight: (out_features, in_features).
-            bias: (out_features,) in the dtype of compute, or None.
-        """
-        if weight.dtype == x.dtype:
-            return nn.functional.linear(x, weight, bias)
-        width = weight.shape[1]
-        rows = x.reshape(-1, width)
-        out = x.new_empty((rows.shape[0], weight.shape[0]))
-        step = self._tile_rows(rows.shape[0], width * x.element_size())
-        tile = self._tile(step * width, x).view(step, width)
-        for start in range(0, weight.shape[0], step):
-            part = slice(start, min(start + step, weight.shape[0]))
-            cast = tile[: part.stop - part.start].copy_(weight[part])
-            torch.mm(rows, cast.t(), out=out[:, part])
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def _tile_rows(rows: int, row_bytes: int) -> int:
-        return max(1, (_SMALL_TILE_BYTES if rows <= _FEW_ROWS else TILE_BYTES) // row_bytes)
-
-    def _tile(self, size: int, like: Tensor) -> Tensor:
-        self._buffer = _at_least(self._buffer, size, like)
-        return self._buffer[:size]
-
-
-class TileDequantize:
-    """`torch.nn.functional.linear` for quantized weights.
-
-    The rows of a matrix are shared among as many threads as torch has. Each dequantizes tiles of its share into a
-    buffer of its own, and multiplies them with torch in that one thread: dequantizing alone is as much work as the
-    product of a few rows. In float32, up to four rows are multiplied without a tile, as each weight is made.
+    Args:
+        tile_bytes: the most that one thread makes at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tile_bytes: int) -> None:
+        self._tile_bytes = tile_bytes
         self._buffers: dict[int, Tensor] = {}
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
@@ -91,39 +49,29 @@ class TileDequantize:
             self._pool = None
         self._buffers = {}
 
-    def linear(self, x: Tensor, weight: Quantized, fmt: GroupFormat, bias: Tensor | None) -> Tensor:
-        """The product.
+    def _product(self, rows: Tensor, count: int, threads: int, make: Callable[[int, int, Tensor], object]) -> Tensor:
+        """The product of `rows` (n, in_features) with a matrix of `count` rows, (n, count).
 
         Args:
-            x: (..., in_features) in the dtype of compute, on the CPU.
-            weight: of shape (out_features, in_features).
-            fmt: its width and group size.
-            bias: (out_features,) in the dtype of compute, or None.
+            rows: in the dtype of compute.
+            count: out_features.
+            threads: among which the matrix is shared.
+            make: `make(first, last, tile)` writes rows of the matrix into a tile.
         """
-        count, width = weight.shape
-        rows, row_bytes = x.reshape(-1, width), width * x.element_size()
-        threads = self._threads(count, row_bytes)
-        cuts = [count * k // threads for k in range(threads + 1)]
-        fused = dispatch.row_multiplier(weight, fmt, rows)
-        if fused is not None:
-            out, multiply = fused
-            self._share(lambda number: multiply(*cuts[number : number + 2]), threads)
-        else:
-            out = x.new_empty((rows.shape[0], count))
-            read = dispatch.row_reader(weight, fmt)
+        out = rows.new_empty((rows.shape[0], count))
+        cuts = _cuts(count, threads)
+        most = max(1, min(self._tile_bytes, TILE_BYTES // threads) // (rows.shape[1] * rows.element_size()))
 
-            def work(number: int) -> None:
-                first, last = cuts[number : number + 2]
-                tile = self._tile(number, rows, min(last - first, self._tile_rows(threads, row_bytes)))
-                for start in range(first, last, len(tile)):
-                    part = tile[: last - start]
-                    read(start, start + len(part), part)
-                    torch.mm(rows, part.t(), out=out[:, start : start + len(part)])
+        def work(number: int) -> None:
+            first, last = cuts[number : number + 2]
+            tile = self._tile(number, rows, min(last - first, most))
+            for start in range(first, last, len(tile)):
+                part = tile[: last - start]
+                make(start, start + len(part), part)
+                torch.mm(rows, part.t(), out=out[:, start : start + len(part)])
 
-            self._share(work, threads)
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], count)
+        self._share(work, threads)
+        return out
 
     def _share(self, work: Callable[[int], None], threads: int) -> None:
         """Runs all shares, several in threads of this object, which see the caller's mode: it belongs to a thread."""
@@ -142,12 +90,8 @@ class TileDequantize:
     @staticmethod
     def _threads(count: int, row_bytes: int) -> int:
         """Each needs a row at least, and all tiles together stay within `TILE_BYTES`."""
-        is_worth_it = dispatch.has_kernels() and count * row_bytes >= _SHARED_BYTES
+        is_worth_it = count * row_bytes >= _SHARED_BYTES
         return max(1, min(torch.get_num_threads(), count, TILE_BYTES // row_bytes)) if is_worth_it else 1
-
-    @staticmethod
-    def _tile_rows(threads: int, row_bytes: int) -> int:
-        return max(1, min(_DEQUANTIZED_TILE_BYTES, TILE_BYTES // threads) // row_bytes)
 
     def _tile(self, number: int, like: Tensor, count: int) -> Tensor:
         """A tile of so many rows of the given length, in the buffer of a share."""
@@ -160,6 +104,72 @@ class TileDequantize:
             self.release()
             self._pool = concurrent.futures.ThreadPoolExecutor(threads, "flexgen-tiles", _alone)
         return self._pool
+
+
+class TileCast(_Tiles):
+    """`torch.nn.functional.linear` for weights kept in another dtype, cast tile by tile into reused buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(_CAST_TILE_BYTES)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product.
+
+        Args:
+            x: (..., in_features) in the dtype of compute.
+            weight: (out_features, in_features).
+            bias: (out_features,) in the dtype of compute, or None.
+        """
+        if weight.dtype == x.dtype:
+            return nn.functional.linear(x, weight, bias)
+        count, width = weight.shape
+        # a device shares its work by itself
+        threads = self._threads(count, width * x.element_size()) if x.device.type == "cpu" else 1
+        out = self._product(
+            x.reshape(-1, width), count, threads, lambda first, last, tile: tile.copy_(weight[first:last])
+        )
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], count)
+
+
+class TileDequantize(_Tiles):
+    """`torch.nn.functional.linear` for quantized weights.
+
+    Dequantizing alone is as much work as the product of a few rows. In float32, up to four rows are multiplied without
+    a tile, as each weight is made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_DEQUANTIZED_TILE_BYTES)
+
+    def linear(self, x: Tensor, weight: Quantized, fmt: GroupFormat, bias: Tensor | None) -> Tensor:
+        """The product.
+
+        Args:
+            x: (..., in_features) in the dtype of compute, on the CPU.
+            weight: of shape (out_features, in_features).
+            fmt: its width and group size.
+            bias: (out_features,) in the dtype of compute, or None.
+        """
+        count, width = weight.shape
+        rows = x.reshape(-1, width)
+        threads = self._threads(count, width * x.element_size()) if dispatch.has_kernels() else 1
+        fused = dispatch.row_multiplier(weight, fmt, rows)
+        if fused is not None:
+            out, multiply = fused
+            cuts = _cuts(count, threads)
+            self._share(lambda number: multiply(*cuts[number : number + 2]), threads)
+        else:
+            out = self._product(rows, count, threads, dispatch.row_reader(weight, fmt))
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], count)
+
+
+def _cuts(count: int, threads: int) -> list[int]:
+    """Where the share of each thread begins, and where the last one ends."""
+    return [count * k // threads for k in range(threads + 1)]
 
 
 def _at_least(held: Tensor | None, size: int, like: Tensor) -> Tensor:

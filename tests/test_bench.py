@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexgen_hf import CapacityError, Compression, FlexGenError, Policy, PolicyError, StoreError, cli
+from flexgen_hf import CapacityError, Compression, FlexGenError, Policy, PolicyError, StoreError, Tier, cli
 from flexgen_hf.bench import limits as limits_module
 from flexgen_hf.bench import tables, worker
 from flexgen_hf.bench.comparison import Peers, compare, equal_rows, jobs_of, summarize, table
@@ -26,6 +26,7 @@ from flexgen_hf.bench.sizes import Size, parse_max_memory, parse_size, parse_sum
 from flexgen_hf.bench.systems import SYSTEMS, DeviceSpec, Job, load, share_in_memory
 from flexgen_hf.bench.trial import Bench
 from flexgen_hf.bench.workload import BenchWorkload
+from flexgen_hf.planning.presets import preset
 
 WORKLOAD = BenchWorkload(prompt_len=8, new_tokens=3, rows=4)
 DISK = Policy.parse("0 0 0 100 0 100", batch_size=2, num_batches=2)
@@ -740,6 +741,8 @@ class TestCommand:
             ("tiny --max-memory cpu", "--max-memory: 'cpu' is not TIER=SIZE"),
             ("tiny --compression 5bit", "compression: '5bit' is unknown"),
             ("tiny --peer-offloads disk,ram", "--peer-offloads: 'ram' is unknown"),
+            ("tiny --policy auto --device emulated", "--policy auto: the emulated device is no machine"),
+            ("tiny --hardware machine.json", "--hardware belongs to --validate-plan"),
             ("tiny:x", "'x' is no number of layers"),
             ("tiny --peer-batch-sizes 8,x", "--peer-batch-sizes: '8,x' is no list of whole numbers"),
             ("tiny --peer-dtypes ,", "--peer-dtypes: nothing is named"),
@@ -801,6 +804,29 @@ class TestCommand:
         assert Compression.of(seen[0].flexgen.get("compression")) == Compression(**asked)
         assert len(list((tmp_path / "checkpoints").iterdir())) == 1 + has_store
         assert (seen[0].store is not None) == has_store
+
+    @pytest.mark.parametrize(("memory", "is_on_disk"), [("cpu=1GB", False), ("cpu=600kB", True)])
+    def test_the_planner_finds_a_policy_for_the_limits(
+        self, memory: str, is_on_disk: bool, work_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        profile, seen = tmp_path / "machine.json", dict[str, Any]()
+        profile.write_text(preset("cpu2").to_json())
+
+        def compare(jobs: Any, _repeats: int, run: Any, *_: Any) -> list[Any]:
+            seen.update(jobs=jobs, context=run.__self__.context)
+            return []
+
+        monkeypatch.setattr("flexgen_hf.bench.comparison.compare", compare)
+        self.invoke(
+            *"tiny --policy auto --rows 5 --prompt-len 8 --new-tokens 3 --systems flexgen,accelerate".split(),
+            *["--hardware", str(profile), "--max-memory", memory, "--work-folder", str(work_folder)],
+        )
+        [ours], [peer] = seen["jobs"]["flexgen"], seen["jobs"]["accelerate"]
+        policy = Policy.from_dict(ours.flexgen["policy"])
+        assert (policy.weights.share(Tier.DISK) > 0) == is_on_disk
+        assert seen["context"]["plan"]["policy"] == ours.flexgen["policy"]
+        assert ours.workload.rows == 5
+        assert peer.workload.rows == min(5, policy.block_size)
 
     def test_the_help_names_every_shape(self) -> None:
         text = " ".join(self.invoke("--help").output.split())

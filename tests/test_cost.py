@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig, OPTConfig
+from transformers import AutoConfig, LlamaConfig, MixtralConfig, OPTConfig
 
 from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
 from flexgen_hf.bench.shapes import shape_fields, write_random_checkpoint
@@ -17,10 +18,13 @@ from flexgen_hf.planning.budget import PINNED_BYTES
 from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
 from flexgen_hf.planning.hardware import Hardware, constant
 from flexgen_hf.planning.presets import preset
-from flexgen_hf.planning.schedule import Lane
+from flexgen_hf.planning.schedule import Lane, What
 from flexgen_hf.planning.shape import ModelShape, read_config
+from flexgen_hf.planning.simulate import every_sweep, steps_of
 
-from .tiny import batch, load, pretend_accelerator
+from .comparison import save_tiny
+from .test_families import FAMILIES
+from .tiny import batch, greedy, load, pretend_accelerator
 
 POLICIES = [
     Policy(batch_size=4, num_batches=2),
@@ -65,6 +69,41 @@ def test_peaks_are_never_below_those_of_a_run_and_little_above(checkpoint: Path,
         assert all(said[tier] <= 1.15 * taken[tier] for tier in Tier), (policy, taken, said)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(("window", "tokens"), [(4, 9), (18, 7), (18, 29)])
+def test_of_windows_as_many_bytes_pass_each_lane_as_in_a_run(
+    family: str, window: int, tokens: int, way: Hardware, tmp_path: Path
+) -> None:
+    """Loads in each sweep; what is written, with windows that move to the front, in all of them together."""
+    config = AutoConfig.for_model(**{**FAMILIES[family], "model_type": family, "sliding_window": window})
+    folder = save_tiny(config, tmp_path / "model", std=0.25)
+    policy = Policy.parse("100 0 30 30 100 0", batch_size=2, num_batches=2)
+    prompts = {"input_ids": torch.arange(4, 4 + 4 * tokens).reshape(4, tokens) % 90 + 4}
+    with load(folder, tmp_path / "offload", policy) as model:
+        greedy(model, prompts, 22)
+        uses = {Lane(lane): use.events for lane, use in model.last_run.lanes.items()}
+    moved: collections.Counter[tuple[Lane, int]] = collections.Counter()
+    said: dict[tuple[Lane, int], float] = collections.defaultdict(float)
+    for lane, events in uses.items():
+        for event in events:
+            if event.name.what is What.CACHE:
+                moved[lane, event.name.sweep] += event.bytes
+    shape = ModelShape.from_config(read_config(folder)).in_dtype("float32")
+    planned = PlannedRun(shape, way, policy, Workload(tokens, 22, 4))
+    sweeps = every_sweep(planned)
+    for number, steps in enumerate(steps_of(planned, sweeps)):
+        for step in steps:
+            if step.id.what is What.CACHE:
+                layer, rows = shape.layers[step.id.stage - 1], planned.batches[step.id.batch]
+                passed = planned.cell_tokens(step.id.lane, layer, rows, sweeps[number])
+                said[step.id.lane, number] += passed * shape.kept_bytes(policy.compression)
+    assert {lane for lane, _ in moved} == set(Lane) - {Lane.COMPUTE} - ({*_LINKS} if way.direct else set())
+    assert all(moved[key] == said[key] for key in moved if key[0] is not Lane.HOST_TO_DISK)
+    written = [sum(n for (lane, _), n in c.items() if lane is Lane.HOST_TO_DISK) for c in (moved, said)]
+    assert written[0] == pytest.approx(written[1])
+
+
+_LINKS = (Lane.HOST_TO_DEVICE, Lane.DEVICE_TO_HOST)
 OPT = {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "vocab_size": 50272}
 
 

@@ -19,6 +19,7 @@ from flexgen_hf.bench.shapes import SHAPES, shape_fields
 from flexgen_hf.cli import app
 from flexgen_hf.planning.cost import PlannedRun, Workload, predict
 from flexgen_hf.planning.hardware import Hardware
+from flexgen_hf.planning.layout import _Unit
 from flexgen_hf.planning.original import PUBLISHED
 from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.search import Freedom, Planner, plan
@@ -56,6 +57,36 @@ def test_a_plan_is_as_good_as_the_best_of_a_grid(device: int, host: int) -> None
     assert made.predicted.tokens_per_s >= 0.97 * max(rates)
     assert made.predicted.peak_bytes[Tier.DEVICE] <= device * MIB
     assert made.predicted.peak_bytes[Tier.HOST] <= host * MIB
+
+
+@pytest.mark.parametrize("cache", [None, *Tier])
+def test_no_program_is_left_out_that_could_be_better(cache: Tier | None) -> None:
+    """What is looked at before a program is solved is never more than what is found by solving it."""
+    planner = Planner(ModelShape.from_config(SMALL), small_machine(110, 200), Workload(64, 16))
+    solved = 0
+    for size, number, slots in itertools.product((1, 16, 64), (1, 4), (1, 2)):
+        program = planner._program(Policy(batch_size=size, num_batches=number, layer_slots=slots))
+        if (solution := program.solve(cache, cache)) is not None:
+            solved += 1
+            assert 0 < program.least_s(cache, cache) <= solution.seconds * (1 + 1e-6)
+    assert solved > 2
+
+
+def test_layers_and_experts_that_are_alike_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their number: a plan for very many experts takes no longer for it."""
+    cut, cuts = _Unit.cut, []
+
+    def counted(unit: _Unit) -> Any:
+        cuts.append(unit)
+        return cut(unit)
+
+    monkeypatch.setattr(_Unit, "cut", counted)
+    config = {**SMALL, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+    run = PlannedRun(
+        ModelShape.from_config(config), preset("t4"), Policy.parse("20 50 0 100 0 100", batch_size=4), Workload(64, 4)
+    )
+    assert sum(map(len, run.layout.experts)) == 6 * 32
+    assert len(cuts) < 32
 
 
 @pytest.mark.parametrize("row", [r for r in PUBLISHED if r.prompt_len == 512 and r.model != "opt-6.7b"],

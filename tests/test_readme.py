@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 import typer.main
 
-from flexgen_hf import cli
+from flexgen_hf import Policy, cli
+from flexgen_hf.bench.shapes import shape_fields
 from flexgen_hf.models_command import families, families_table
+from flexgen_hf.planning.cost import Workload
+from flexgen_hf.planning.presets import preset
+from flexgen_hf.planning.search import Planner
+from flexgen_hf.planning.shape import ModelShape
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,6 +39,19 @@ def test_commands_and_options_exist(line):
     commands: Any = typer.main.get_command(cli.app)
     options = {name for parameter in commands.commands[command].params for name in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in lines_with("flexgen-hf ") if re.search("opt-30b.*(batch-size|gpu)", line)]
+)
+def test_policies_fit_a_t4_as_plan_says(line):
+    """OPT-30B, prompts of 512 tokens, 64 to write."""
+    (percents,) = re.findall(r"--(?:policy|percent) \"?([\d ]+\d)", line)
+    (size,), (number,) = (
+        re.findall(rf"--{name} (\d+)", line) for name in ("(?:gpu-)?batch-size", "num-(?:gpu-)?batches")
+    )
+    planner = Planner(ModelShape.from_config(shape_fields("opt-30b")), preset("t4"), Workload(512, 64))
+    assert planner.fits(planner.run(Policy.parse(percents, batch_size=int(size), num_batches=int(number))))
 
 
 @pytest.mark.parametrize("line", lines_with("make "))

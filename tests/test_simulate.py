@@ -21,7 +21,7 @@ from flexgen_hf.planning.layout import Piece, PlannedTensor
 from flexgen_hf.planning.presets import PRESETS, preset
 from flexgen_hf.planning.schedule import Lane, Step, StepId, What
 from flexgen_hf.planning.shape import ModelShape, read_config
-from flexgen_hf.planning.simulate import every_sweep, play, simulate, steps_of
+from flexgen_hf.planning.simulate import Clock, Event, SharingClock, every_sweep, play, simulate, steps_of
 from flexgen_hf.weights.tensors import StoredTensor
 
 from .test_budget import placements
@@ -150,6 +150,25 @@ def test_the_clock_keeps_to_what_the_steps_say(policy: Policy, new: int) -> None
         mine = [event for event in timeline.events if event.lane is lane]
         assert all(a.ended <= b.started for a, b in itertools.pairwise(mine))
     assert list(timeline.ends) == sorted(timeline.ends)
+
+
+@hypothesis.given(policy=policies, new=st.integers(1, 3))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_where_lanes_share_nothing_both_clocks_say_the_same(policy: Policy, new: int) -> None:
+    shape = ModelShape.from_config(
+        {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 99}
+    )
+    run = PlannedRun(shape, preset("t4"), policy, Workload(8, new))
+    sweeps = every_sweep(run)
+    ended: list[dict[StepId, tuple[float, float]]] = []
+    for clock in (Clock(), SharingClock(run.hardware)):
+        events: list[Event] = []
+        for steps in steps_of(run, sweeps):
+            events += clock.sweep(steps, lambda step: run.seconds(step, sweeps[step.id.sweep]), 1e-4)
+        events += clock.finish()
+        ended.append({event.step.id: (event.started, event.ended) for event in events})
+    assert ended[0].keys() == ended[1].keys()
+    assert all(ended[0][name] == pytest.approx(ended[1][name]) for name in ended[0])
 
 
 def test_lanes_that_take_cores_share_them() -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import FlexGenError, PolicyError, StoreError
+from ..planning.plan import Freedom
+from ..planning.search import compressions_of
 from ..policy import Compression, Policy
 from .sizes import parse_max_memory, parse_size, parse_sum
 
@@ -48,7 +50,11 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt.")] = 16,
     policy: Annotated[
-        str | None, typer.Option(help="flexgen's: six percentages or a JSON file.", show_default="fastest tiers first")
+        str | None,
+        typer.Option(
+            help="flexgen's: six percentages, a JSON file, or `auto`, the best for --rows prompts under the limits.",
+            show_default="fastest tiers first",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "--gpu-batch-size", help="flexgen's: sequences of a micro-batch.")
@@ -70,7 +76,8 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         typer.Option(
             help='flexgen\'s: `4bit` for weights and cache, or JSON such as `{"weights": 4}` or `{"cache": 16}`. '
             "Weights are quantized once, into a store in the work folder, before anything is measured; "
-            "peers load the checkpoint as it is, whose bytes shares such as `0.29w` go on meaning.",
+            "peers load the checkpoint as it is, whose bytes shares such as `0.29w` go on meaning. "
+            "`any` leaves it to --policy auto.",
             show_default="the policy's; with --validate-plan any",
         ),
     ] = None,
@@ -156,11 +163,13 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     run_seconds: Annotated[
         str, typer.Option(help="With --validate-plan: what a run is to take at least and at most, as predicted.")
     ] = "4-30",
-    rows: Annotated[int, typer.Option(min=1, help="With --grid: prompts of the workload.")] = 16,
+    rows: Annotated[
+        int, typer.Option(min=1, help="With --grid, and with --policy auto: prompts of the workload.")
+    ] = 16,
     hardware: Annotated[
         Path | None,
         typer.Option(
-            help="With --validate-plan: what `flexgen-hf profile` wrote, with as many threads.",
+            help="With --validate-plan or --policy auto: what `flexgen-hf profile` wrote, with as many threads.",
             dir_okay=False,
             show_default="measured first",
         ),
@@ -184,10 +193,12 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         folder = _work_folder(work_folder)
         validate(options, folder, lambda name: _model_folder(name, folder, weights_dtype), lambda r: _tell(r, out))
         return
-    of_validation = {"--grid": grid or None, "--policies": policies, "--hardware": hardware}
+    is_auto = policy == "auto"
+    of_validation = {"--grid": grid or None, "--policies": policies, "--hardware": None if is_auto else hardware}
     _refuse_given("belongs to --validate-plan", of_validation)
     if model is None:
         raise PolicyError("MODEL_OR_SHAPE is missing; give a model folder, or a shape such as opt-1.3b")
+    from .choice import chosen_for, machine_here, with_plan
     from .comparison import Peers, compare, jobs_of, table
     from .limits import Limits
     from .systems import SYSTEMS, Job
@@ -195,45 +206,52 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     from .workload import BenchWorkload
 
     names = _words(systems, "--systems", SYSTEMS)
-    shares = _policy(
-        policy,
+    fields = _given(
         batch_size=batch_size,
         num_batches=num_batches,
         overlap=overlap,
         host_attention=host_attention,
         layer_slots=layer_slots,
     )
-    block = (shares or Policy()).block_size
-    peers = Peers(
-        tuple(_whole_numbers(peer_batch_sizes, "--peer-batch-sizes") if peer_batch_sizes else [block]),
-        tuple(_words(peer_dtypes or dtype, "--peer-dtypes", ("float16", "bfloat16", "float32"))),
-        tuple(_offloads(peer_offloads)),
-    )
+    shares = None if is_auto else _policy(policy, **fields)
+    sizes = _whole_numbers(peer_batch_sizes, "--peer-batch-sizes") if peer_batch_sizes else None
+    dtypes = tuple(_words(peer_dtypes or dtype, "--peer-dtypes", ("float16", "bfloat16", "float32")))
+    offloads = tuple(_offloads(peer_offloads))
+    compressions = compressions_of(compression or "none") if is_auto else (_compression(compression, shares),)
     # all that can be misspelt is read before a checkpoint is written, which takes long; shares are of its weights
     ram, rates = parse_sum(memory_limit, "--memory-limit"), _rates(read_limit, write_limit)
     capacity, tiers = parse_sum(device_memory, "--device-memory"), parse_max_memory(max_memory, "--max-memory")
-    where, asked = _device(device, device_memory, link), _compression(compression, shares)
+    where = _device(device, device_memory, link)
     folder = _work_folder(work_folder)
+    machine = machine_here(hardware, device, threads, folder, _say) if is_auto else None
     weights = _model_folder(model, folder, weights_dtype)
     if capacity is not None:
         where = dataclasses.replace(where, capacity_bytes=capacity.of(weights))
     limits = Limits(None if ram is None else ram.of(weights), *rates)
+    block = (shares or Policy()).block_size
     job = Job(
         system="flexgen",
         model=str(weights),
-        workload=BenchWorkload(prompt_len, new_tokens, block, seed),
+        workload=BenchWorkload(prompt_len, new_tokens, rows if is_auto else block, seed),
         dtype=dtype,
         offload_folder=str(folder),
         device=where,
         flexgen=_given(
             policy=None if shares is None else shares.to_dict(),
             max_memory={tier: size.of(weights) for tier, size in tiers.items()} or None,
-            compression=asked.to_dict() if asked else None,
+            compression=compressions[0].to_dict() if compressions[0] else None,
         ),
-        store=_store(folder, weights, asked, names),
         threads=threads,
     )
-    bench = Bench(folder, limits, time_limit, {"command": shlex.join(["flexgen-hf", *sys.argv[1:]])})
+    context: dict[str, Any] = {"command": shlex.join(["flexgen-hf", *sys.argv[1:]])}
+    if machine is not None:
+        plan = chosen_for(job, limits, machine, Freedom(compressions=compressions, **fields))
+        _say(f"chosen: {plan}")
+        job, context["plan"] = with_plan(job, plan, limits), plan.to_dict()
+        block = min(rows, plan.policy.block_size)
+    job = dataclasses.replace(job, store=_store(folder, weights, job.compression, names))
+    bench = Bench(folder, limits, time_limit, context)
+    peers = Peers(tuple(sizes or [block]), dtypes, offloads)
     jobs = {name: jobs_of(name, job, peers) for name in names}
     records = compare(jobs, repeats, bench.run, lambda record: _tell(record, out), peer_new_tokens)
     typer.echo(table(records))
@@ -246,6 +264,10 @@ def _refuse_given(why: str, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value is not None:
             raise PolicyError(f"{name} {why}; leave it out")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _words(text: str, option: str, known: Any) -> list[str]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
 from ..errors import PolicyError
 from ..planning.hardware import Hardware
-from ..planning.search import COMPRESSIONS
-from ..policy import Compression
+from ..planning.search import compressions_of
 from .agreement import choice_table, table_of_policies
+from .choice import profile_of
 from .limits import Limits, why_not_permitted
 from .sizes import Size, parse_size, parse_sum
 from .systems import DeviceSpec, Job
@@ -80,7 +80,7 @@ def validate(
     rates, memory, seconds = _disk_limits(asked), _memory(asked), _seconds(asked.run_seconds)
     if asked.is_grid and (len(names) > 1 or len(rates) > 1):
         raise PolicyError("--grid is for one model and one --read-limit; give one of each")
-    compressions = _compressions(asked.compression)
+    compressions = compressions_of(asked.compression or "any")
     known = known_records(asked.out)
     models = [model_folder(name) for name in names]
     machine = _machine(asked, work_folder, known)
@@ -127,22 +127,10 @@ def _memory(asked: Asked) -> Size | None:
     return _MEMORY if given is None and why_not_permitted() is None else given
 
 
-def _compressions(text: str | None) -> Sequence[Compression]:
-    if text in (None, "any"):
-        return COMPRESSIONS
-    return (Compression.of(None if text == "none" else text),)
-
-
 def _machine(asked: Asked, work_folder: Path, known: dict[str, list[Record]]) -> Hardware:
     """The profile that is given; else the one with which the file of records began; else a new one."""
     if asked.hardware is not None:
-        machine = Hardware.load(asked.hardware)
-        if asked.threads is not None and machine.threads != asked.threads:
-            raise PolicyError(
-                f"--hardware: {str(asked.hardware)!r} was measured with {machine.threads} threads, not with "
-                f"--threads {asked.threads}; measure again with 'flexgen-hf profile --threads {asked.threads}'"
-            )
-        return machine
+        return profile_of(asked.hardware, asked.threads)
     profiles = [record["validation"]["profile"] for records in known.values() for record in records]
     if profiles:
         return Hardware.from_dict(profiles[0])

@@ -8,13 +8,15 @@ lasts.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from ..policy import Compression, Placement, Policy, Tier
-from .placement import assign
+from .placement import spread
 from .schedule import Rings
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "difference",
     "fits",
     "largest",
+    "moves_to_front",
     "pages",
     "rings_of",
     "room_for",
@@ -258,16 +261,14 @@ class Demand:
         if not call.makes_cache or shape.key_size is None:
             return
         casts = shape.kept_key_bytes is not None
-        cells = [(layer, batch) for layer in range(shape.num_layers) for batch in range(len(batches))]
-        homes = assign([(cell, 1) for cell in cells], policy.cache)
+        kinds = self._kinds_of_cells(policy, call, batches)
         held = dict.fromkeys(Tier, 0)
         staging = working = 0
-        for cell, home in homes.items():
-            window = shape.windows[cell[0]] if shape.windows and not call.keeps_past else None
-            places = batches[cell[1]] * room_for(call.capacity, window)
+        for (window, rows, home), count in kinds.items():
+            places = rows * room_for(call.capacity, window)
             kept = sum(pages(places * size) for size in self._kept)
             seen = sum(pages(places * size * shape.itemsize) for size in self._sizes)
-            held[home] += kept
+            held[home] += count * kept
             if home is Tier.DISK:
                 staging = max(staging, kept)
             stays = shape.attends_kept if self.direct else policy.host_attention and home is Tier.HOST
@@ -279,7 +280,23 @@ class Demand:
         yield Need(Tier.HOST, slots * staging, "cache slots")
         yield Need(Tier.DEVICE, slots * working, "cache slots")
         if call.beams > 1:
-            yield from self._exchange(call, list(homes.values()))
+            yield from self._exchange(call, {home for _, _, home in kinds})
+
+    def _kinds_of_cells(
+        self, policy: Policy, call: Call, batches: Sequence[int]
+    ) -> Mapping[tuple[int | None, int, Tier], int]:
+        """How many cells there are of each window, number of rows and home."""
+        shape = self.shape
+        has_windows = shape.windows and not call.keeps_past
+        windows = shape.windows if has_windows else (None,) * shape.num_layers
+        one = next((tier for tier in Tier if policy.cache.share(tier) == 1), None)
+        if one is None:
+            homes = spread(shape.num_layers * len(batches), policy.cache)
+            cells = zip(itertools.product(windows, batches), homes, strict=True)
+            return collections.Counter((window, rows, home) for (window, rows), home in cells)
+        sizes = collections.Counter(batches)
+        layers = collections.Counter(windows)
+        return {(window, rows, one): layers[window] * sizes[rows] for window in layers for rows in sizes}
 
     def _exchange(self, call: Call, homes: Collection[Tier]) -> Iterator[Need]:
         token = call.rows * max(self._kept)
@@ -311,7 +328,7 @@ class Demand:
         """Homes of hidden states that are not where compute leaves them, and the buffers that they pass through."""
         if call.keeps_hidden:
             return
-        homes = assign([(batch, 1) for batch in range(len(batches))], policy.hidden)
+        homes = spread(len(batches), policy.hidden)
         token = self.shape.hidden_size * self.shape.itemsize
         sizes = {batch: pages(rows * call.tokens * token) for batch, rows in enumerate(batches)}
         on_host = 0 if self.direct else sum(size for batch, size in sizes.items() if homes[batch] is Tier.HOST)
@@ -372,6 +389,19 @@ def room_for(tokens: int, window: int | None) -> int:
     window is moved to the front: eight tokens for each new one.
     """
     return tokens if window is None else min(tokens, max(1, window - 1) + max(1, window // 8))
+
+
+def moves_to_front(prompt: int, tokens: int, window: int) -> int:
+    """How often a cell moves its window to the front, from the prompt until it has got so many tokens in all.
+
+    Args:
+        prompt: tokens that come at once. If there is no room for them, those are kept that the next token sees.
+        tokens: in all, for which the cell was made.
+        window: of its layer.
+    """
+    room = room_for(tokens, window)
+    first = room if prompt <= room else prompt + room - max(1, window - 1)  # tokens when there is no place for another
+    return -(-(tokens - first) // (room - window + 1)) if tokens > first else 0
 
 
 def attends_kept(compression: Compression, *, direct: bool, is_plain: bool) -> bool:

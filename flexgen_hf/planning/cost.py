@@ -13,14 +13,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import PolicyError
 from ..policy import Compression, Policy, Tier
-from .budget import Call, Demand, Limit, ModelSizes, rings_of
+from .budget import Call, Demand, Limit, ModelSizes, moves_to_front, rings_of, room_for
 from .hardware import Hardware
-from .layout import Piece, PlannedTensor, WeightLayout, tensors_of
-from .placement import assign
+from .layout import Piece, PlannedTensor, WeightLayout, routes_of, tensors_of
+from .placement import spread
 from .schedule import Choose, Lane, Route, Step, Traffic, What
 from .shape import LayerShape, ModelShape
 
@@ -200,18 +200,19 @@ class PlannedRun:
         self._pinned = known.pinned if known.pinned is not None else not self.direct
         self.casts, self._attends_kept = self._sizes.kept_key_bytes is not None, self._sizes.attends_kept
         self._max_pieces, self._is_exact = pieces, known.tensors is not None
+        self._seconds: dict[tuple[Any, ...], float] = {}
 
     @functools.cached_property
-    def cells(self) -> dict[tuple[int, int], Tier]:
-        """The home of each cell, by layer (from 0) and micro-batch."""
-        cells = [(layer, batch) for layer in range(len(self.shape.layers)) for batch in range(len(self.batches))]
-        return assign([(cell, 1) for cell in cells], self.policy.cache)
+    def cells(self) -> list[tuple[Tier, ...]]:
+        """For each layer the home of the cell of each micro-batch."""
+        batches = len(self.batches)
+        homes = spread(len(self.shape.layers) * batches, self.policy.cache)
+        return [homes[first : first + batches] for first in range(0, len(homes), batches)]
 
     @functools.cached_property
-    def hidden(self) -> list[Tier]:
+    def hidden(self) -> tuple[Tier, ...]:
         """The home of each micro-batch's hidden states."""
-        homes = assign([(batch, 1) for batch in range(len(self.batches))], self.policy.hidden)
-        return [homes[batch] for batch in range(len(self.batches))]
+        return spread(len(self.batches), self.policy.hidden)
 
     @functools.cached_property
     def layout(self) -> WeightLayout:
@@ -248,37 +249,33 @@ class PlannedRun:
             table_is_there: the table that embedding and head share is in its slot.
         """
         routes = self.layout.routes
-        batches = range(len(self.batches))
-        nothing = tuple(Route() for _ in batches)
+        nothing = (Route(),) * len(self.batches)
+        cells = {homes: tuple(map(self.cell_route, homes)) for homes in set(self.cells)}
         return Traffic(
             weights=((), *routes[1:]) if table_is_there else routes,
-            cache=(
-                nothing,
-                *(
-                    tuple(self.cell_route(self.cells[layer, k]) for k in batches)
-                    for layer in range(len(self.shape.layers))
-                ),
-                nothing,
-            ),
+            cache=(nothing, *(cells[homes] for homes in self.cells), nothing),
             hidden=tuple(self.hidden_route(home) for home in self.hidden),
             fresh_cache=fresh,
             tied=self.shape.tied,
             sparse=frozenset(stage for stage, experts in enumerate(self.layout.experts) if experts),
         )
 
-    def chosen(self, stage: int, batches: int, sweep: Sweep) -> list[int]:
+    def chosen(self, stage: int, batches: int, sweep: Sweep) -> tuple[int, ...]:
         """The experts that the first so many micro-batches are expected to choose, spread evenly over the tiers."""
         count = self.shape.layers[stage - 1].chosen_experts(sum(self.batches[:batches]) * sweep.tokens)
-        # multiples of the golden ratio spread evenly, however many of them one takes
-        return sorted(self.layout.experts[stage], key=lambda expert: expert * _GOLDEN % 1)[:count]
+        return _evenly(tuple(self.layout.experts[stage]))[:count]
 
     def chooser(self, sweep: Sweep) -> Choose:
         """What each micro-batch of a sweep is expected to choose that none before it did."""
 
+        @functools.cache
+        def chosen(alike: int, batches: int) -> tuple[int, ...]:
+            return self.chosen(alike, batches, sweep)
+
         def choose(stage: int, batch: int) -> list[tuple[int, tuple[Route, ...]]]:
-            known = len(self.chosen(stage, batch, sweep))
-            fresh = self.chosen(stage, batch + 1, sweep)[known:]
-            return [(e, tuple(piece.route for piece in self.layout.experts[stage][e])) for e in fresh]
+            alike, pieces = self.kinds_of_layers[stage - 1], self.layout.experts[stage]
+            fresh = chosen(alike, batch + 1)[len(chosen(alike, batch)) :]
+            return [(expert, routes_of(pieces[expert])) for expert in fresh]
 
         return choose
 
@@ -286,21 +283,37 @@ class PlannedRun:
     def seconds(self, step: Step, sweep: Sweep) -> float:
         """What a step takes."""
         _, lane, what, stage, batch, piece = step.id
-        if what is What.STAGE:
-            return self._computed(stage, batch, sweep)
-        if what is What.REST:
-            return self.hardware.compute_s / 4
-        if what is What.EXPERT and lane is Lane.COMPUTE:
-            return self.expert_s(stage, sweep)
+        if lane is Lane.COMPUTE:
+            return self._computed_s(what, stage, batch, sweep)
         if what in (What.WEIGHTS, What.EXPERT):
             pieces = self.layout.stages[stage] if what is What.WEIGHTS else self.layout.experts[stage][batch]
-            return self._weights_s(lane, pieces[piece])
-        sweep = self.without_padding(sweep, self.paddings[batch])
-        if what is What.CACHE:
-            return self.cell_s(
-                lane, self.shape.layers[stage - 1], self.batches[batch], self.cells[stage - 1, batch], sweep
-            )
-        return self.hidden_s(lane, self.batches[batch], sweep)
+            return self._once(self._weights_s, lane, pieces[piece])
+        rows, own = self.batches[batch], self.without_padding(sweep, self.paddings[batch])
+        if what is What.HIDDEN:
+            return self._once(self.hidden_s, lane, rows, own)
+        alike, home = self.kinds_of_layers[stage - 1], self.cells[stage - 1][batch]
+        return self._once(self.cell_s, lane, alike, rows, home, own)
+
+    def _computed_s(self, what: What, stage: int, batch: int, sweep: Sweep) -> float:
+        if what is What.REST:
+            return self.hardware.compute_s / 4
+        if what is What.EXPERT:
+            return self._once(self.expert_s, self.kinds_of_layers[stage - 1], sweep)
+        if batch < 0:
+            return self._once(self.head_s)
+        rows, own = self.batches[batch], self.without_padding(sweep, self.paddings[batch])
+        if stage == 0:
+            return self._once(self.embedding_s, rows, own)
+        alike, home = self.kinds_of_layers[stage - 1], self.cells[stage - 1][batch]
+        begun = self.hardware.stage_s if batch == 0 and self.layout.stages[stage] else 0.0
+        return begun + self._once(self.layer_s, alike, rows, home, own)
+
+    def _once(self, method: Callable[..., float], *args: Any) -> float:
+        """What a method returns; steps that are alike are asked for once."""
+        key = (method.__name__, *args)
+        if key not in self._seconds:
+            self._seconds[key] = method(*args)
+        return self._seconds[key]
 
     @staticmethod
     def without_padding(sweep: Sweep, padding: int) -> Sweep:
@@ -315,10 +328,10 @@ class PlannedRun:
         crossed = self._moved_s(lane, moved.pushed)
         return crossed + moved.cast / self.hardware.upcast_bytes_per_s + self._unpacked_s(moved.unpacked)
 
-    def cell_s(self, lane: Lane, layer: LayerShape, rows: int, home: Tier, sweep: Sweep) -> float:
+    def cell_s(self, lane: Lane, stage: int, rows: int, home: Tier, sweep: Sweep) -> float:
         """A cell's transfer in a lane: what attention sees to the device, new tokens back."""
         is_load = lane in _LOADS
-        tokens = self.cell_tokens(lane, layer, rows, sweep)
+        tokens = self.cell_tokens(lane, self.shape.layers[stage - 1], rows, sweep)
         crosses = not self.direct and home is not Tier.DEVICE
         if lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK) or crosses:
             seconds = self._moved_s(lane, tokens * self.shape.kept_bytes(self.policy.compression))
@@ -327,11 +340,29 @@ class PlannedRun:
         is_packed_in_compute = self._attends_kept and sweep.past
         if not self.casts or is_packed_in_compute or lane in (Lane.DISK_TO_HOST, Lane.HOST_TO_DISK):
             return seconds
-        return seconds + self._repacked_s(self.shape.cache_elements(tokens), is_load=is_load)
+        return seconds + self._repacked_s(self.shape.cache_elements(1) * tokens, is_load=is_load)
 
-    def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> int:
-        """Tokens of a cell that pass a lane, of all its rows."""
-        return rows * layer.attended(sweep.past if lane in _LOADS else sweep.tokens)
+    def cell_tokens(self, lane: Lane, layer: LayerShape, rows: int, sweep: Sweep) -> float:
+        """Tokens of a cell that pass a lane, of all its rows; of decode, as many as in a sweep on average.
+
+        Of a sliding layer, the last token of the window is a new one. A prompt that is longer than its cell has room
+        for is kept only as far as later tokens see it. To disk, the whole window goes whenever it moves to the front.
+        """
+        window = layer.window
+        if lane in _LOADS:
+            return rows * (sweep.past if window is None else min(sweep.past, window - 1))
+        if window is None:
+            return rows * sweep.tokens
+        if not sweep.past:
+            has_room = sweep.tokens <= room_for(self.call.capacity, window)
+            return rows * (sweep.tokens if has_room else max(1, window - 1))
+        again = self._moves_to_front(window) * (window - 1) if lane is Lane.HOST_TO_DISK else 0.0
+        return rows * (sweep.tokens + again)
+
+    def _moves_to_front(self, window: int) -> float:
+        """How often a sliding layer's cells move their window to the front, in a sweep of decode."""
+        sweeps = self.workload.gen_len - 1
+        return moves_to_front(self.workload.prompt_len, self.call.capacity, window) / sweeps if sweeps else 0.0
 
     def hidden_s(self, lane: Lane, rows: int, sweep: Sweep) -> float:
         """Hidden states of a micro-batch across one link."""
@@ -354,16 +385,6 @@ class PlannedRun:
         if is_load:
             return self._unpacked_s(elements)
         return elements / self.hardware.pack_elements_per_s
-
-    def _computed(self, stage: int, batch: int, sweep: Sweep) -> float:
-        if batch >= 0:
-            sweep = self.without_padding(sweep, self.paddings[batch])
-        if stage == 0:
-            return self.embedding_s(self.batches[batch], sweep)
-        if stage == len(self.shape.layers) + 1:
-            return self.head_s()
-        begun = self.hardware.stage_s if batch == 0 and self.layout.stages[stage] else 0.0
-        return begun + self.layer_s(stage, self.batches[batch], self.cells[stage - 1, batch], sweep)
 
     def embedding_s(self, rows: int, sweep: Sweep) -> float:
         """The embedding of a micro-batch."""
@@ -459,7 +480,8 @@ class PlannedRun:
         if self._attends_kept:  # products are hidden behind unpacking
             added = self.shape.cache_elements(rows * sweep.tokens)
             speed = self.hardware.packed_attention_elements_per_s or self.hardware.unpack_elements_per_s
-            return max(computed, seen / speed) + self._repacked_s(added, is_load=False)
+            beside = self.hardware.packed_attention_s + self._repacked_s(added, is_load=False)
+            return max(computed, seen / speed) + beside
         crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
         there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
         unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0
@@ -476,7 +498,7 @@ class PlannedRun:
     def lanes(self, sweep: Sweep) -> Lanes:
         """Seconds at work of each lane in one sweep."""
         lanes = self.weight_lanes(sweep)
-        for (stage, rows, padding, home), count in self._kinds_of_cells.items():
+        for (stage, rows, padding, home), count in self.kinds_of_cells.items():
             own = self.without_padding(sweep, padding)
             for lane, seconds in self.cell_lanes(stage, rows, home, own).items():
                 lanes[lane] += count * seconds
@@ -494,23 +516,25 @@ class PlannedRun:
         A table that embedding and head share is among them in the first sweep only, and of experts those that a block
         is expected to choose.
         """
-        counts: collections.Counter[Piece] = collections.Counter()
-        for pieces in self.layout.stages[1 if self.shape.tied and sweep.past else 0 :]:
-            counts.update(pieces)
+        loads = collections.Counter(self.layout.stages[1 if self.shape.tied and sweep.past else 0 :])
         for stage, experts in enumerate(self.layout.experts):
-            for expert in self.chosen(stage, len(self.batches), sweep) if experts else ():
-                counts.update(experts[expert])
+            if experts:
+                loads.update([experts[expert] for expert in self.chosen(stage, len(self.batches), sweep)])
+        counts: collections.Counter[Piece] = collections.Counter()
+        for pieces, count in loads.items():
+            for piece in pieces:
+                counts[piece] += count
         return counts
 
     def weight_lanes(self, sweep: Sweep) -> Lanes:
         """Seconds of each lane for all weights that a sweep needs, and of the products with experts."""
         lanes = dict.fromkeys(Lane, 0.0)
         lanes[Lane.COMPUTE] = self.hardware.stage_s * sum(map(bool, self.layout.stages[1:-1]))
-        for stage, experts in enumerate(self.layout.experts):
-            if experts:
-                rest = len(self.batches) * self.hardware.compute_s / 4
-                count = len(self.chosen(stage, len(self.batches), sweep))
-                lanes[Lane.COMPUTE] += count * self.expert_s(stage, sweep) + rest
+        sparse = [stage for stage, experts in enumerate(self.layout.experts) if experts]
+        for stage, layers in collections.Counter(self.kinds_of_layers[stage - 1] for stage in sparse).items():
+            rest = len(self.batches) * self.hardware.compute_s / 4
+            count = len(self.chosen(stage, len(self.batches), sweep))
+            lanes[Lane.COMPUTE] += layers * (count * self.expert_s(stage, sweep) + rest)
         for piece, count in self.pieces(sweep).items():
             if piece.read:
                 lanes[Lane.DISK_TO_HOST] += count * self._weights_s(Lane.DISK_TO_HOST, piece)
@@ -532,7 +556,7 @@ class PlannedRun:
         """Seconds of each lane for one layer of a micro-batch and its cell."""
         lanes = {Lane.COMPUTE: self.layer_s(stage, rows, home, sweep)}
         for lane in crossed(self.cell_route(home), is_fresh=not sweep.past):
-            lanes[lane] = self.cell_s(lane, self.shape.layers[stage - 1], rows, home, sweep)
+            lanes[lane] = self.cell_s(lane, stage, rows, home, sweep)
         return lanes
 
     def hidden_lanes(self, rows: int, home: Tier, sweep: Sweep) -> Lanes:
@@ -541,21 +565,21 @@ class PlannedRun:
         return {lane: between * self.hidden_s(lane, rows, sweep) for lane in crossed(self.hidden_route(home))}
 
     @functools.cached_property
-    def _kinds_of_cells(self) -> dict[tuple[int, int, int, Tier], int]:
-        """How many cells there are of each kind; layers that are alike stand for each other."""
-        numbers = self.kinds_of_layers
-        return collections.Counter(
-            (numbers[layer], self.batches[batch], self.paddings[batch], home)
-            for (layer, batch), home in self.cells.items()
-        )
+    def kinds_of_cells(self) -> dict[tuple[int, int, int, Tier], int]:
+        """How many cells there are of each kind: the first stage of those alike, rows, padding, and home."""
+        counts: collections.Counter[tuple[int, int, int, Tier]] = collections.Counter()
+        for (stage, homes), layers in collections.Counter(zip(self.kinds_of_layers, self.cells, strict=True)).items():
+            for (rows, padding), home in zip(zip(self.batches, self.paddings, strict=True), homes, strict=True):
+                counts[stage, rows, padding, home] += layers
+        return counts
 
     @functools.cached_property
     def kinds_of_layers(self) -> list[int]:
         """For each layer the stage of the first one that is like it."""
-        first: dict[tuple[LayerShape, int, int], int] = {}
+        first: dict[tuple[int, int, int], int] = {}
         return [
-            first.setdefault((layer, self.layout.late[stage], self.layout.late_unpacked[stage]), stage)
-            for stage, layer in enumerate(self.shape.layers, start=1)
+            first.setdefault((kind, self.layout.late[stage], self.layout.late_unpacked[stage]), stage)
+            for stage, kind in enumerate(self.shape.kinds_of_layers, start=1)
         ]
 
     def sweeps(self) -> tuple[Sweep, Sweep | None]:
@@ -574,6 +598,12 @@ class PlannedRun:
     def peak_bytes(self) -> dict[Tier, int]:
         """The most that each tier holds."""
         return self.demand.peak(self.policy, self.call)
+
+
+@functools.lru_cache(maxsize=256)
+def _evenly(experts: tuple[int, ...]) -> tuple[int, ...]:
+    """Experts in an order in which the first ones are spread evenly, however many of them one takes."""
+    return tuple(sorted(experts, key=lambda expert: expert * _GOLDEN % 1))  # multiples of the golden ratio
 
 
 def call_of(policy: Policy, workload: Workload) -> Call:

@@ -6,6 +6,7 @@ Knows numbers only: seconds of each lane and bytes of each tier for all of a kin
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,13 +66,14 @@ class Program:
         from scipy.optimize import linprog
 
         sizes = self.bytes_of(cache, hidden)
-        rows, bounds = self._lanes()
+        times = [count for _, count in self.phases]
+        rows = [[*row, *(-1.0 if other == phase else 0.0 for other in range(len(times)))] for phase, row in self._lanes]
+        bounds = [0.0] * len(rows)
         limits = [(self._held(limit, sizes), limit.nbytes - self._fixed(limit, sizes)) for limit in self.limits]
         rows += [[held / 2**30 for held in row] for row, _ in limits]
         bounds += [room / 2**30 for _, room in limits]
         if min(bounds) < 0:
             return None
-        times = [count for _, count in self.phases]
         whole = [[1.0 if kind == one else 0.0 for one, _ in _SHARES] + [0.0] * len(times) for kind in KINDS]
         given = {"cache": cache, "hidden": hidden}
         ranges = [(0.0, 0.0 if given.get(kind) not in (None, tier) else 1.0) for kind, tier in _SHARES] + [
@@ -91,16 +93,31 @@ class Program:
         return Solution(float(sum(c * t for c, t in zip(times, found.x[9:], strict=True))) + self.overhead_s,
                         _placements(found.x))  # fmt: skip
 
-    def _lanes(self) -> tuple[list[list[float]], list[float]]:
-        """No sweep is shorter than the work of any of its lanes."""
-        rows = []
-        for number, (lanes, _) in enumerate(self.phases):
-            ends = [-1.0 if other == number else 0.0 for other in range(len(self.phases))]
-            rows += [[*(sum(lanes[share][lane] for lane in together(share[0])) for share in _SHARES), *ends]
-                     for together in self._one_after_the_other()]  # fmt: skip
-            shared = (sum(part * lanes[share][lane] for lane, part in self.cores_of.items()) for share in _SHARES)
-            rows.append([*shared, *ends])
-        return rows, [0.0] * len(rows)
+    def least_s(self, cache: Tier | None = None, hidden: Tier | None = None) -> float:
+        """What `solve` cannot go below: for each lane, each kind where it takes the least of it, though it may not fit.
+
+        Args:
+            cache: as of `solve`.
+            hidden: as of `solve`.
+        """
+        given = {"cache": cache, "hidden": hidden}
+        choices = [[n for n, (own, tier) in enumerate(_SHARES) if own == kind and given.get(kind) in (None, tier)]
+                   for kind in KINDS]  # fmt: skip
+        longest = [0.0] * len(self.phases)
+        for phase, row in self._lanes:
+            longest[phase] = max(longest[phase], sum(min(row[n] for n in numbers) for numbers in choices))
+        return sum(count * s for (_, count), s in zip(self.phases, longest, strict=True)) + self.overhead_s
+
+    @functools.cached_property
+    def _lanes(self) -> list[tuple[int, list[float]]]:
+        """Seconds of the work of each lane, by shares, with the phase that is no shorter than they are together."""
+        found = []
+        for phase, (lanes, _) in enumerate(self.phases):
+            rows = [[sum(lanes[share][lane] for lane in together(share[0])) for share in _SHARES]
+                    for together in self._one_after_the_other()]  # fmt: skip
+            rows.append([sum(part * lanes[share][lane] for lane, part in self.cores_of.items()) for share in _SHARES])
+            found += [(phase, row) for row in rows]
+        return found
 
     def _one_after_the_other(self) -> list[Callable[[str], Sequence[Lane]]]:
         """Lanes whose seconds add up, by kind of what they work on."""

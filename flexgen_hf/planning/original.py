@@ -215,7 +215,7 @@ class OriginalRun(PlannedRun):
             following = stage + 1 if stage < len(self.shape.layers) else 1
             for batch, rows in enumerate(self.batches):
                 pieces = self.layout.stages[following] if batch == 0 else ()
-                key = (layer, rows, self.cells[stage - 1, batch], self.hidden[batch], batch == 0, pieces)
+                key = (layer, rows, self.cells[stage - 1][batch], self.hidden[batch], batch == 0, pieces)
                 if key not in known:
                     known[key] = combine(self._visit(stage, batch, sweep, following).values())
                 total += known[key]
@@ -223,12 +223,12 @@ class OriginalRun(PlannedRun):
 
     def _visit(self, stage: int, batch: int, sweep: Sweep, following: int) -> Lanes:
         """Seconds of each lane between two barriers."""
-        rows, home = self.batches[batch], self.cells[stage - 1, batch]
+        rows, home = self.batches[batch], self.cells[stage - 1][batch]
         lanes = dict.fromkeys(Lane, 0.0)
         lanes[Lane.COMPUTE] = self.layer_s(stage, rows, home, sweep)
         for lane, crosses in zip(_LINKS, self.cell_route(home), strict=True):
             if crosses and (sweep.past or lane in _LINKS[2:]):
-                lanes[lane] += self.cell_s(lane, self.shape.layers[stage - 1], rows, home, sweep)
+                lanes[lane] += self.cell_s(lane, stage, rows, home, sweep)
         for lane, crosses in zip(_LINKS, self.hidden_route(self.hidden[batch]), strict=True):
             lanes[lane] += self.hidden_s(lane, rows, sweep) if crosses else 0.0
         if batch == 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from ..policy import Placement, Tier
 
-__all__ = ["assign", "realised"]
+__all__ = ["assign", "realised", "spread"]
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -29,21 +30,34 @@ def assign(
     Returns:
         The tier of each key. A tier with share 0 gets nothing but what is fixed to it.
     """
-    total = sum(size for _, size in sizes)
     tiers = [tier for tier in Tier if placement.share(tier) > 0]
-    left = {tier: placement.share(tier) * total for tier in tiers}
     homes: dict[_K, Tier] = dict(fixed or {})
-    for key, size in sizes:
-        if key in homes and homes[key] in left:
-            left[homes[key]] -= size
     free = [item for item in sizes if item[0] not in homes]
+    if len(tiers) == 1:
+        return homes | dict.fromkeys((key for key, _ in free), tiers[0])
+    total = sum(size for _, size in sizes)
+    shares = [placement.share(tier) for tier in tiers]
+    left = [share * total for share in shares]
+    for key, size in sizes:
+        if key in homes and homes[key] in tiers:
+            left[tiers.index(homes[key])] -= size
     for key, size in sorted(free, key=lambda item: -item[1]):
-        # Where none can take it whole, the one that it leaves with the smallest excess.
-        fits = [tier for tier in tiers if left[tier] >= size] or [max(tiers, key=lambda tier: left[tier])]
-        tier = max(fits, key=lambda tier: left[tier] / placement.share(tier))
-        left[tier] -= size
-        homes[key] = tier
+        chosen, most = -1, float("-inf")
+        for number, room in enumerate(left):
+            if room >= size and room / shares[number] > most:
+                chosen, most = number, room / shares[number]
+        if chosen < 0:  # none can take it whole: the one that it leaves with the smallest excess
+            chosen = max(range(len(left)), key=left.__getitem__)
+        left[chosen] -= size
+        homes[key] = tiers[chosen]
     return homes
+
+
+@functools.lru_cache(maxsize=1024)
+def spread(count: int, placement: Placement) -> tuple[Tier, ...]:
+    """The homes of so many things that are equally large, in their order."""
+    homes = assign([(number, 1) for number in range(count)], placement)
+    return tuple(homes[number] for number in range(count))
 
 
 def realised(sizes: Iterable[tuple[_K, int]], homes: Mapping[_K, Tier]) -> dict[Tier, int]:

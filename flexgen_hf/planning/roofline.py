@@ -102,8 +102,10 @@ _Kinds = list[tuple[LayerShape, int, Tier, int]]
 def _kinds(run: PlannedRun) -> _Kinds:
     """Each kind of cell."""
     layers = run.shape.layers
-    found = collections.Counter((layers[layer], run.batches[batch], home) for (layer, batch), home in run.cells.items())
-    return [(*kind, count) for kind, count in found.items()]
+    found = collections.Counter[tuple[int, int, Tier]]()
+    for (stage, rows, _, home), count in run.kinds_of_cells.items():
+        found[stage, rows, home] += count
+    return [(layers[stage - 1], rows, home, count) for (stage, rows, home), count in found.items()]
 
 
 def _products(run: PlannedRun, sweep: Sweep, kinds: _Kinds) -> tuple[float, float]:

@@ -134,6 +134,8 @@ class _Sweep:
         self.begun = {What.CACHE: 0, What.HIDDEN: 0}
         self.held_back: list[Step] = []  # loads of the next layer that have to follow all transfers of this one
         self.stored: list[StepId] = []  # the steps that bring hidden states home, in order
+        self.brought: dict[int, tuple[StepId, ...]] = {}  # stage -> the steps that bring its weights
+        self.goes_home = [route.moves for route in traffic.hidden]
 
     def steps(self) -> Iterator[Step]:
         traffic, rings = self.traffic, self.schedule.rings
@@ -232,7 +234,7 @@ class _Sweep:
             yield from stores
 
     def _goes_home(self, stage: int, batch: int) -> bool:
-        return self.traffic.hidden[batch].moves and stage < self.traffic.head - 1
+        return self.goes_home[batch] and stage < self.traffic.head - 1
 
     def loads(self, what: What, visits: Iterator[tuple[int, int]], until: int) -> Iterator[Step]:
         """The loads of all visits before number `until` that are still to come."""
@@ -250,7 +252,7 @@ class _Sweep:
         if not route.moves or (stage == 1 and not is_cell):
             return
         # Layers return new hidden states; those that were loaded are free again after compute.
-        until = self._freed_by(route, stage, batch) if is_cell else self.compute(stage, batch).id
+        until = self._freed_by(route, stage, batch) if is_cell else self.computed(stage, batch)
         slot, free = (self.schedule.cache if is_cell else self.schedule.hidden).take(until)
         steps = []
         if not (is_cell and self.traffic.fresh_cache):
@@ -265,12 +267,17 @@ class _Sweep:
             return StepId(self.sweep, Lane.HOST_TO_DISK, What.CACHE, stage, batch)
         if cell.pull:
             return StepId(self.sweep, Lane.DEVICE_TO_HOST, What.CACHE, stage, batch)
+        return self.computed(stage, batch)
+
+    def computed(self, stage: int, batch: int) -> StepId:
+        """The name of a compute step."""
         return StepId(self.sweep, Lane.COMPUTE, What.STAGE, stage, batch)
 
     def compute(self, stage: int, batch: int, after: Iterable[StepId] = ()) -> Step:
         source = 0 if self.traffic.tied and stage == self.traffic.head else stage
-        arrivals = self.arrivals(What.WEIGHTS, source, -1, self.traffic.weights[source])
-        return Step(StepId(self.sweep, Lane.COMPUTE, What.STAGE, stage, batch), (*after, *arrivals))
+        if source not in self.brought:
+            self.brought[source] = tuple(self.arrivals(What.WEIGHTS, source, -1, self.traffic.weights[source]))
+        return Step(self.computed(stage, batch), (*after, *self.brought[source]))
 
     def arrivals(self, what: What, stage: int, batch: int, pieces: Sequence[Route]) -> Iterator[StepId]:
         """The steps after which each piece of weights is where compute needs it."""
@@ -285,7 +292,7 @@ class _Sweep:
             return
         self.loaded.add(stage)
         user = self.traffic.head if stage == 0 and self.traffic.tied else stage
-        until = self.compute(user, -1 if user == self.traffic.head else self.traffic.num_batches - 1).id
+        until = self.computed(user, -1 if user == self.traffic.head else self.traffic.num_batches - 1)
         if user in self.traffic.sparse:
             until = until._replace(what=What.REST)
         ring = self.schedule.outer if stage in (0, self.traffic.head) else self.schedule.layers
@@ -297,7 +304,7 @@ class _Sweep:
         """All pieces of a load into a slot that is free after some steps."""
         for piece, route in enumerate(pieces):
             read = StepId(self.sweep, Lane.DISK_TO_HOST, what, stage, batch, piece)
-            push = read._replace(lane=Lane.HOST_TO_DEVICE)
+            push = StepId(self.sweep, Lane.HOST_TO_DEVICE, what, stage, batch, piece)
             if route.read and route.push:  # the slot itself is needed by the second link only
                 staging, after = self.schedule.pieces.take(push)
                 yield Step(read, tuple(after), slot, staging)

@@ -8,7 +8,6 @@ policies are simulated, and the fastest of those wins. Method: FlexGen, arXiv 23
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,10 @@ from .schedule import Lane
 from .shape import ModelShape
 from .simulate import simulate
 
-__all__ = ["COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "plan", "prediction_to_dict"]
+__all__ = [
+    "COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "compressions_of",
+    "plan", "prediction_to_dict",
+]  # fmt: skip
 
 _FREE, _UNKNOWN = Freedom(), Known()
 
@@ -60,6 +62,17 @@ _ALTERNATIVES = 3
 
 # Fewer pieces than a run has make simulations shorter; a layer of several still begins to arrive early.
 _PIECES = 4
+
+
+def compressions_of(text: str) -> tuple[Compression, ...]:
+    """What `--compression` leaves to choose from.
+
+    Raises:
+        PolicyError: it is neither `none`, `any`, nor one compression.
+    """
+    if text == "any":
+        return COMPRESSIONS
+    return (Compression.of(None if text == "none" else text),)
 
 
 def plan(
@@ -281,19 +294,23 @@ class Planner:
         """Adds the best policy with this block, unless it cannot be better than what is known."""
         program = self._program(frame)
         for mode in _MODES:
-            solution = program.solve(*mode)
-            if solution is None:
-                continue
             # Compared with its like only: where data comes from several tiers, the closed form promises the most.
             like = (frame.compression, frame.host_attention, frame.layer_slots, frame.overlap, mode)
-            bound = self._worth_of(Prediction(0.0, solution.seconds, program.rows, self.workload.gen_len, {}, {}, {}))
-            if bound < self._worth.get(like, float("-inf")):
+            known = self._worth.get(like, float("-inf"))
+            if self._worth_in(program.least_s(*mode), program) < known:
+                continue
+            solution = program.solve(*mode)
+            if solution is None or self._worth_in(solution.seconds, program) < known:
                 continue
             run = self._rounded(frame, solution.shares)
             if run is None or run.policy in found or (frame.host_attention and not run.policy.cache.host):
                 continue
             found[run.policy] = predict(run)
-            self._worth[like] = max(self._worth_of(found[run.policy]), self._worth.get(like, float("-inf")))
+            self._worth[like] = max(self._worth_of(found[run.policy]), known)
+
+    def _worth_in(self, seconds: float, program: Program) -> float:
+        """What a block would be worth that ends in so many seconds."""
+        return self._worth_of(Prediction(0.0, seconds, program.rows, self.workload.gen_len, {}, {}, {}))
 
     def _rounded(self, frame: Policy, shares: Mapping[str, Placement]) -> PlannedRun | None:
         """The policy in whole percents that fits, with as much as need be taken to lower tiers."""
@@ -357,9 +374,7 @@ class Planner:
             hidden: the same of hidden states.
         """
         made: dict[tuple[str, Tier], dict[Tier, int]] = {}
-        layers, call = len(self.shape.layers), run.call
-        # what cells take goes with the layers, and everything else does not depend on how many there are
-        demand = dataclasses.replace(run.demand, shape=dataclasses.replace(run.demand.shape, num_layers=1))
+        call, demand = run.call, run.demand
         worst = run.policy.replace(
             cache=Placement.all_on(cache or Tier.DISK), hidden=Placement.all_on(hidden or Tier.DISK)
         )
@@ -373,7 +388,7 @@ class Planner:
             states = totals([need for need in needs if need.what == _HOMES[2]])
             near = totals([need for need in needs if need.what == "working set"])
             made["weights", tier] = self._corner(run.policy, tier).held
-            made["cache", tier] = {t: layers * size for t, size in cells.items()}
+            made["cache", tier] = cells
             made["hidden", tier] = {t: states[t] + max(0, near[t] - far[t]) for t in Tier}
         return made
 

@@ -206,6 +206,12 @@ class ModelShape:
         """Elements of matrices that one token is multiplied with, the head's table included."""
         return sum(layer.used_elements for layer in self.layers) + self.head.elements
 
+    @functools.cached_property
+    def kinds_of_layers(self) -> list[int]:
+        """For each layer the number of the first one that is like it."""
+        first: dict[LayerShape, int] = {}
+        return [first.setdefault(layer, number) for number, layer in enumerate(self.layers)]
+
     @property
     def head(self) -> TensorShape:
         """The table of the head."""

@@ -10,16 +10,16 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from .cost import Lanes, PlannedRun, Prediction, Sweep
 from .hardware import Hardware
 from .schedule import Lane, Schedule, Step, StepId
 
-__all__ = ["Clock", "Event", "Timeline", "every_sweep", "play", "simulate", "steps_of"]
+__all__ = ["Clock", "Event", "SharingClock", "Timeline", "every_sweep", "play", "simulate", "steps_of"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A step with the time at which it ran, in seconds."""
 
     step: Step
@@ -42,10 +42,45 @@ class _Running:
 
 
 class Clock:
-    """Gives each step its time.
+    """Gives each step its time, where no lane takes anything from another.
 
-    Lanes whose work takes cores share them: where they want more than there are, all of them take longer by the same
-    factor.
+    A step begins when its lane is free and all that it names is done, so to look at each once is enough.
+    """
+
+    def __init__(self) -> None:
+        #: seconds since the beginning
+        self.now = 0.0
+        self._free = dict.fromkeys(Lane, 0.0)
+        self._ended: dict[StepId, float] = {}
+
+    def sweep(self, steps: Iterable[Step], seconds: Callable[[Step], float], between_s: float) -> Iterator[Event]:
+        """Runs steps until all that compute has to do is done, and lets some time pass; what is loaded may take longer.
+
+        Args:
+            steps: as the schedule lists them: all that a step names comes before it, or was never listed.
+            seconds: what each takes.
+            between_s: the time that passes.
+        """
+        now, free = self.now, self._free
+        ended = self._ended = {name: end for name, end in self._ended.items() if end > now}
+        for step in steps:
+            lane = step.id.lane
+            started = max(now, free[lane])
+            for name in step.after:
+                started = max(started, ended.get(name, 0.0))
+            free[lane] = ended[step.id] = started + seconds(step)
+            yield Event(step, started, free[lane])
+        self.now = free[Lane.COMPUTE] + between_s
+
+    def finish(self) -> Iterator[Event]:
+        """Lets time pass until nothing is left to do."""
+        yield from ()
+
+
+class SharingClock:
+    """Gives each step its time, where lanes share cores: as `Clock` does, event by event.
+
+    Where lanes want more cores than there are, all of them take longer by the same factor.
 
     Args:
         hardware: whose cores.
@@ -53,31 +88,20 @@ class Clock:
 
     def __init__(self, hardware: Hardware) -> None:
         self._cores, self._cores_of = hardware.cores, {lane: hardware.cores_of(lane) for lane in Lane}
-        self._now = 0.0
+        self.now = 0.0
         self._queues = {lane: collections.deque[tuple[Step, float]]() for lane in Lane}
         self._running: dict[Lane, _Running] = {}
         self._pending: set[StepId] = set()
 
-    def add(self, steps: Iterable[Step], seconds: Callable[[Step], float]) -> None:
-        """Puts steps in line, each in its lane.
-
-        Args:
-            steps: as the schedule lists them: all that a step names comes before it, or was never listed.
-            seconds: what each takes.
-        """
+    def sweep(self, steps: Iterable[Step], seconds: Callable[[Step], float], between_s: float) -> Iterator[Event]:
+        """As that of `Clock`."""
         for step in steps:
             self._queues[step.id.lane].append((step, seconds(step)))
             self._pending.add(step.id)
-
-    def compute(self) -> Iterator[Event]:
-        """Lets time pass until all steps of compute are done."""
         while self._queues[Lane.COMPUTE] or Lane.COMPUTE in self._running:
             yield from self._next()
-
-    def wait(self, seconds: float) -> Iterator[Event]:
-        """Lets so much time pass."""
-        until = self._now + seconds
-        while self._now < until:
+        until = self.now + between_s
+        while self.now < until:
             yield from self._next(until)
 
     def finish(self) -> Iterator[Event]:
@@ -85,24 +109,19 @@ class Clock:
         while self._pending:
             yield from self._next()
 
-    @property
-    def now(self) -> float:
-        """Seconds since the beginning."""
-        return self._now
-
     def _next(self, until: float = math.inf) -> Iterator[Event]:
         """Begins what can begin, and goes on to when the next step ends, or to a given time if that is sooner."""
         self._begin()
         slower = self._slower()
         ends = {lane: at.left * (slower if self._cores_of[lane] else 1.0) for lane, at in self._running.items()}
-        passed = min([*ends.values(), until - self._now])
-        self._now = until if passed == until - self._now else self._now + passed
+        passed = min([*ends.values(), until - self.now])
+        self.now = until if passed == until - self.now else self.now + passed
         for lane, end in ends.items():
             at = self._running[lane]
             if end <= passed:
                 del self._running[lane]
                 self._pending.remove(at.step.id)
-                yield Event(at.step, at.started, self._now)
+                yield Event(at.step, at.started, self.now)
             else:
                 at.left -= passed / (slower if self._cores_of[lane] else 1.0)
 
@@ -110,7 +129,7 @@ class Clock:
         for lane, queue in self._queues.items():
             if queue and lane not in self._running and self._pending.isdisjoint(queue[0][0].after):
                 step, seconds = queue.popleft()
-                self._running[lane] = _Running(step, self._now, seconds)
+                self._running[lane] = _Running(step, self.now, seconds)
 
     def _slower(self) -> float:
         """The factor by which lanes that share cores take longer now."""
@@ -145,8 +164,8 @@ def every_sweep(run: PlannedRun) -> list[Sweep]:
     return [Sweep(prompt, 0), *(Sweep(1, prompt + step) for step in range(run.workload.gen_len - 1))]
 
 
-def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[list[Step]]:
-    """The steps of each sweep, as the executor submits them."""
+def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[Iterator[Step]]:
+    """The steps of each sweep, as the executor submits them; to be taken one sweep after the other."""
     schedule = Schedule(run.rings, overlap=run.policy.overlap)
     keeps_table = run.shape.tied and bool(run.layout.routes[0])
     for number, sweep in enumerate(sweeps):
@@ -155,12 +174,13 @@ def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[list[Step]]:
         following = None
         if run.policy.overlap and number + 1 < len(sweeps):
             following = traffic.following(table_is_there=keeps_table)
-        yield list(schedule.steps(traffic, following, run.chooser(sweep)))
+        yield schedule.steps(traffic, following, run.chooser(sweep))
 
 
 def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False) -> Timeline:
     """Runs sweeps one after the other on a fake clock."""
-    clock, ends, events = Clock(run.hardware), [], list[Event]()
+    clock = SharingClock(run.hardware) if run.hardware.cores else Clock()
+    ends, events = [], list[Event]()
     lanes = [dict.fromkeys(Lane, 0.0) for _ in sweeps]
 
     def note(passed: Iterable[Event]) -> None:
@@ -170,9 +190,7 @@ def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False)
                 events.append(event)
 
     for steps in steps_of(run, sweeps):
-        clock.add(steps, lambda step: run.seconds(step, sweeps[step.id.sweep]))
-        note(clock.compute())
-        note(clock.wait(run.between_s))
+        note(clock.sweep(steps, lambda step: run.seconds(step, sweeps[step.id.sweep]), run.between_s))
         ends.append(clock.now)
     note(clock.finish())
     return Timeline(tuple(sweeps), tuple(ends), tuple(lanes), tuple(events))

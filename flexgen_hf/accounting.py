@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -32,7 +32,23 @@ from .planning.budget import (
 from .policy import Compression, Policy, Tier
 from .storage.ledger import Ledger
 
-__all__ = ["Account", "cache_geometry", "shape_of", "windows_of"]
+__all__ = ["Account", "Load", "cache_geometry", "shape_of", "windows_of"]
+
+
+class Load(NamedTuple):
+    """A micro-batch of a sweep, in numbers.
+
+    Args:
+        rows: of it.
+        tokens: new ones of each row.
+        past: tokens before these.
+        scored: tokens of all rows whose probability is asked for.
+    """
+
+    rows: int
+    tokens: int
+    past: int
+    scored: int = 0
 
 
 class Account:
@@ -138,17 +154,16 @@ class Account:
             yield True
 
     @contextlib.contextmanager
-    def sweeps(self) -> Iterator[Callable[[Sequence[tuple[int, int, int]]], None]]:
+    def sweeps(self) -> Iterator[Callable[[Sequence[Load]], None]]:
         """Micro-batches that come and go: what their sweeps are estimated to take is in the account.
 
         Yields:
-            A function that takes the micro-batches of a sweep, each as (rows, new tokens, tokens before), and enters
-            their estimates in place of those of the sweep before. It raises `CapacityError`, and changes nothing, if
-            they do not fit beside what is held.
+            A function that takes the micro-batches of a sweep, and enters their estimates in place of those of the
+            sweep before. It raises `CapacityError`, and changes nothing, if they do not fit beside what is held.
         """
         held: dict[tuple[Tier, str], int] = {}
 
-        def enter(batches: Sequence[tuple[int, int, int]]) -> None:
+        def enter(batches: Sequence[Load]) -> None:
             wanted: dict[tuple[Tier, str], int] = dict.fromkeys(held, 0)
             others: dict[tuple[Tier, str], int] = {}  # what the engine will take itself: room for hidden states
             for call in self._swept(batches):
@@ -169,13 +184,13 @@ class Account:
             for (tier, what), size in held.items():
                 self._ledger.give(tier, size, what)
 
-    def _swept(self, batches: Sequence[tuple[int, int, int]]) -> list[Call]:
+    def _swept(self, batches: Sequence[Load]) -> list[Call]:
         """Those micro-batches of a sweep that compute prompts as one call, and those that decode as another."""
         calls = []
         for prompts in (True, False):
-            some = [batch for batch in batches if (batch[1] > 1) is prompts]
+            some = [batch for batch in batches if (batch.tokens > 1) is prompts]
             if some:
-                rows, tokens, past = zip(*some, strict=True)
+                rows, tokens, past, scored = zip(*some, strict=True)
                 calls.append(
                     Call(
                         rows=sum(rows),
@@ -185,6 +200,7 @@ class Account:
                         may_be_cut=False,
                         makes_cache=False,
                         logit_tokens=max(tokens) if self._all_logits else 1,
+                        scored=sum(scored),
                         eager=self._is_eager,
                         micro_batches=rows,
                     )

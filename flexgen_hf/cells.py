@@ -84,6 +84,8 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         self.is_sliding = window is not None
         self.is_initialized = False
         self.keeps_past = keeps_past or window is None
+        #: whether what is added is brought home; nobody needs it if no further token follows
+        self.keeps_new = True
         #: tokens that are forgotten; the next one lies at the front
         self.dropped = 0
         self._space, self._capacity = space, self._room(capacity)
@@ -120,6 +122,8 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
         new = self.held
         first, old = first - self.dropped, new - kept
         self._added, self._changed = (old, new), (0 if is_moved else old, new)
+        if is_prompt and not self.keeps_new:
+            return key_states, value_states
         if is_prompt and (self._stays or self._space.casts):  # attended as they are; `pull` brings them home meanwhile
             self._claim_slot()
             self._new = own
@@ -222,7 +226,8 @@ class Cell(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subc
     @property
     def next_route(self) -> Route:
         """The links that it will cross in the next sweep: as long as it is empty, there is nothing to load."""
-        return self.route if self.length else self.route._replace(read=False, push=False)
+        route = self.route if self.length else self.route._replace(read=False, push=False)
+        return route if self.keeps_new else route._replace(pull=False, write=False)
 
     @property
     def _stays(self) -> bool:

@@ -18,6 +18,8 @@ from . import __version__
 from .batch_command import batch_command
 from .bench.command import bench_command
 from .errors import FlexGenError, StoreError
+from .helm_command import helm_command
+from .lm_eval_command import lm_eval_command
 from .models_command import models_command
 from .options import (
     BatchSize,
@@ -62,10 +64,13 @@ app.command("convert")(convert_command)
 app.command("verify")(verify_command)
 app.command("batch")(batch_command)
 app.command("wrangle")(wrangle_command)
+app.command("helm")(helm_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("models")(models_command)
+# all that is not our own help is lm-eval's to read
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval_command)
 
 _Objective = Literal["throughput", "latency", "block"]
 

@@ -27,6 +27,7 @@ from .cell_space import CacheSpace
 from .checkpoint_files import CheckpointTensor, source_fingerprint
 from .checkpoints import plan_shards
 from .continuous.engine import LEAST_SHARED, ContinuousBatches, Engine
+from .continuous.scoring import Scored, ScoreRequest, ScoringBatches
 from .continuous.texts import TextCache, TextRequest, Written, current_text
 from .errors import ConversionError, PolicyError, StoreError, UnsupportedModelError
 from .executor import Executor
@@ -256,16 +257,60 @@ class FlexGenForCausalLM(FixedWeights):
             StepError: something could not be moved.
             UnsupportedModelError: a model that cannot be run in this way.
         """
+        return ContinuousBatches(self._engine("generate_each"), window, least_shared, on_sweep).run(requests)
+
+    def score_each(
+        self,
+        requests: Iterable[ScoreRequest],
+        *,
+        window: int | None = None,
+        least_shared: int | None = LEAST_SHARED,
+        on_sweep: Callable[[int], None] | None = None,
+    ) -> Iterator[Scored]:
+        """How likely given continuations are, however many (context, continuation) pairs there are.
+
+        Each forward takes a block of them. Pairs of one context share what they can: continuations of one token are
+        one row, and what several rows begin with is computed once. Logits are made for a few tokens at a time.
+
+        Args:
+            requests: the pairs; read as far ahead as `window`.
+            window: so many requests are put in the order of their lengths; by default 16 blocks, 1024 at least.
+            least_shared: tokens that a common beginning has at least for it to be computed once; None computes each
+                context whole.
+            on_sweep: called after each sweep with the number of rows that it brought.
+
+        Yields:
+            For each pair `log_probs`, float32 (continuation,), and `likeliest`, the greedy choices, (continuation,), as
+            they come. What is wrong with one request comes as its `error`.
+
+        Raises:
+            StepError: something could not be moved.
+            UnsupportedModelError: a model that cannot be run in this way.
+
+        >>> request = ScoreRequest(context=[2, 100, 7], continuation=[8, 9], key="mine")
+        >>> [(s.request.key, s.total) for s in model.score_each([request])]  # doctest: +SKIP
+        [('mine', -7.31)]
+        """
+        vocabulary = self.config.get_text_config(decoder=True).vocab_size
+        engine = self._engine("score_each")
+        return ScoringBatches(engine, window, least_shared, on_sweep, vocabulary).score(requests)
+
+    def _engine(self, name: str) -> Engine:
+        """What texts are computed with that come and go.
+
+        Raises:
+            UnsupportedModelError: a model that cannot be run in this way.
+        """
         if self._furthest.is_needed:
             raise UnsupportedModelError(
-                f"generate_each: {type(self).__name__} turns tokens by an angle that depends on the longest text "
-                "beside them, so texts cannot be computed together; call generate for one prompt at a time"
+                f"{name}: {type(self).__name__} turns tokens by an angle that depends on the longest text "
+                "beside them, so texts cannot be computed together; give them to the model one at a time"
             )
         windows = windows_of(self.config)
         places = [((layer, place), 1) for layer in range(len(windows)) for place in range(self.policy.num_batches)]
         homes = assign(places, self.policy.cache)
         block = OpenBlock(self._cache_space(), lambda layer, place: homes[layer, place], windows)
-        engine = Engine(
+        return Engine(
             executor=self._executor,
             account=self._account,
             block=block,
@@ -273,7 +318,6 @@ class FlexGenForCausalLM(FixedWeights):
             geometry=None if (geometry := cache_geometry(self.config)) is None else (*geometry, self.dtype),
             context=getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None),
         )
-        return ContinuousBatches(engine, window, least_shared, on_sweep).run(requests)
 
     def _plan_for(self, call: dict[str, Any], settings: GenerationConfig) -> None:
         """With `policy="auto"`, goes on with the policy that is best for a call; a given cache has its own blocks."""
@@ -370,7 +414,7 @@ class FlexGenForCausalLM(FixedWeights):
             )
         given = model_kwargs.get("past_key_values")
         if isinstance(given, TextCache):
-            given.limit = length
+            given.limit, given.beams = length, generation_config.num_beams or 1
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, length
             )

@@ -1,4 +1,4 @@
-"""The command `wrangle`: options in, a data set through `apps.wrangle`, one line at the end."""
+"""The command `wrangle`: options in, a job of `apps.wrangle`, its scores on the last line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,7 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .apps.wrangle import Data, Wording
+    from .apps import wrangle
 
 __all__ = ["wrangle_command"]
 
@@ -38,58 +38,56 @@ _Way = Literal["random", "clusters", "manual"]
 
 
 def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its parameters
-    model: Annotated[str | None, typer.Option(help="Hub id, model folder, or converted store.")] = None,
-    task: Annotated[_Task, typer.Option(help="What is asked about the rows.")] = "entity_matching",
-    data: Annotated[Path | None, typer.Option(help="Folder of a published data set, or a CSV file.")] = None,
-    left: Annotated[Path | None, typer.Option(help="CSV file: entities to be matched with those of --right.")] = None,
-    right: Annotated[Path | None, typer.Option(help="CSV file: the other entities.")] = None,
+    task: Annotated[_Task, typer.Option(help="What is to be done.")],
+    model: Annotated[str, typer.Option(help="Hub id, model folder, or converted store.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of a data set, or a CSV file.")] = None,
+    left: Annotated[Path | None, typer.Option(help="CSV of entities to be matched, with --right and --pairs.")] = None,
+    right: Annotated[Path | None, typer.Option(help="CSV of the others.")] = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="CSV file: an id of --left, one of --right, and where known the label, 1 or 0.")
+        Path | None, typer.Option(help="CSV of two ids each, and a label (1 or 0) where it is known.")
     ] = None,
     column: Annotated[
-        str | None, typer.Option(help="Column that is to be filled in.", show_default="known for published sets")
+        str | None,
+        typer.Option(help="Of an imputation: the column to fill in.", show_default="that of a published set"),
     ] = None,
     clean: Annotated[
         Path | None,
-        typer.Option(help="CSV file: what is right in --data, as the same table or as `tid, attribute, correct_val`."),
+        typer.Option(
+            help="Of an error detection: CSV of what is right.", show_default="NAME_clean.csv beside the file"
+        ),
     ] = None,
     made_errors: Annotated[
-        float, typer.Option(help="Share of cells into which errors are put, to count how many are found.")
+        float, typer.Option(min=0, max=1, help="Of an error detection: put errors into so much of the cells.")
     ] = 0.0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Predictions to write, `.jsonl` or `.csv`.")
+        Path | None, typer.Option("--output", "-o", help="Predictions to write, .jsonl or .csv.", dir_okay=False)
     ] = None,
-    filled: Annotated[Path | None, typer.Option(help="CSV file to write: --data with its holes filled in.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write counts, scores and speed here.")] = None,
+    filled: Annotated[
+        Path | None, typer.Option(help="Of an imputation in a CSV file: the table with its empty cells filled in.")
+    ] = None,
+    summary: Annotated[Path | None, typer.Option("--json", help="Write the scores here.", dir_okay=False)] = None,
     shots: Annotated[int, typer.Option(min=0, help="Examples that each prompt shows.")] = 10,
     choose: Annotated[
-        _Way, typer.Option(help="How they are chosen; `clusters` are of what the model gets wrong in the valid split.")
+        _Way, typer.Option(help="How they are chosen: `clusters` shows the likes of what goes wrong in validation.")
     ] = "random",
     examples: Annotated[
-        Path | None, typer.Option(help='Examples by hand: JSON lines, `{"text": ..., "label": ...}` or `{"id": ...}`.')
+        Path | None,
+        typer.Option(help='JSON lines of examples to show, `{"text": ..., "label": ...}` or `{"id": ...}` each.'),
     ] = None,
     question: Annotated[
-        str | None,
-        typer.Option(help="What is asked; may have `{thing}`, `{column}`, `{cell}`.", show_default="by data"),
+        str | None, typer.Option(help="What is asked; {thing}, {column} and {cell} are filled in.")
     ] = None,
-    instruction: Annotated[
-        str | None, typer.Option(help="What is said before the examples; empty says nothing.", show_default="by data")
+    instruction: Annotated[str | None, typer.Option(help='What is said before all; "" says nothing.')] = None,
+    thing: Annotated[str | None, typer.Option(help="What a row describes, for example Product.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Column to leave out; may be given many times.")] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(min=1, help="Answer so many examples at most, drawn at random.")
     ] = None,
-    thing: Annotated[str | None, typer.Option(help="What a row describes.", show_default="by data")] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="Attribute to leave out; may be given many times.", show_default="by data")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Test rows that are drawn, in place of all.")] = None,
-    seed: Annotated[int, typer.Option(help="What is drawn follows from it.")] = 0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="Text that ends an answer; may be given many times.", show_default="a line break"),
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer.", show_default="4, of an imputation 16")
+        int | None, typer.Option(min=1, help="Tokens of an answer.", show_default="4, of a value 16")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
-    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print the first prompt, load nothing.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Questions go through the chat template.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever the output holds.")] = False,
     policy: PolicyText = None,
     batch_size: BatchSize = None,
@@ -101,27 +99,23 @@ def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its para
     revision: Revision = None,
     progress: Progress = None,
 ) -> None:
-    """Matches entities or schemas, fills in what is missing, finds what is wrong, by prompts with a few examples."""
-    from .apps import batch, wrangle
+    """Matches entities and schemas, fills in missing values, finds errors: tables through prompts.
 
+    Killed and started again with the same options, it goes on where it was.
+    """
+    from .apps import batch, wrangle
+    from .apps.wrangle.predictions import refuse_ending
+
+    if output is not None:
+        refuse_ending(output)
+    chosen = wrangle.Shots(shots, "manual" if examples is not None else choose, examples, seed)
+    dataset = _read(task, data, (left, right, pairs), column, clean, made_errors, seed).limited(max_samples, seed)
     if filled is not None and (task != "imputation" or data is None or not data.is_file()):
-        raise PolicyError("--filled: only a CSV file (--data FILE --task imputation) can be filled in; leave it out")
-    if left is not None or right is not None or pairs is not None:
-        if task != "entity_matching" or data is not None or left is None or right is None or pairs is None:
-            raise PolicyError("--left, --right and --pairs go together, with --task entity_matching, without --data")
-        read = wrangle.read_pair(left, right, pairs, seed=seed)
-    elif data is not None:
-        read = wrangle.read(task, data, column=column, clean=clean, made_errors=made_errors, seed=seed)
-    else:
-        raise PolicyError("which data? give --data, or --left, --right and --pairs")
-    read = read.limited(samples, seed)
-    wording = _wording(read, question=question, instruction=instruction, thing=thing, dropped=drop)
-    chosen = wrangle.Shots(shots, "manual" if examples is not None and choose == "random" else choose, examples, seed)
-    if show_prompt:
-        typer.echo(wrangle.first_prompt(read, wording=wording, shots=chosen))
-        return
-    if model is None:
-        raise PolicyError("which model? give --model, or --show-prompt to see what one would be asked")
+        raise PolicyError("--filled: only an imputation in a CSV file has a table to fill in; leave it out")
+    wording = dataclasses.replace(
+        wrangle.Wording.of(task, dataset.name), **given(question=question, instruction=instruction, thing=thing)
+    )
+    wording = dataclasses.replace(wording, dropped=(*wording.dropped, *(drop or ())))
     loading = loading_options(
         policy=policy,
         batch_size=batch_size,
@@ -132,18 +126,15 @@ def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its para
         dtype=dtype,
         revision=revision,
     )
-
-    def load() -> tuple[Any, Any]:
-        tokenizer = load_tokenizer(model, revision=revision)
-        return load_model(model, loading), tokenizer
-
+    tokenizer = load_tokenizer(model, revision=revision)
     outcome = wrangle.run(
-        read,
-        load,
+        dataset,
+        load_model(model, loading),
+        tokenizer,
         wording=wording,
         shots=chosen,
         job=batch.Job(
-            options=given(stop=stop or None, max_new_tokens=max_new_tokens),
+            options=given(max_new_tokens=max_new_tokens),
             prompting=batch.Prompting(chat=chat, seed=seed),
             name=model,
             loading={"dtype": dtype, "revision": revision, "compression": compression},
@@ -153,15 +144,27 @@ def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its para
         show_progress=sys.stderr.isatty() if progress is None else progress,
     )
     if filled is not None and data is not None:
-        wrangle.write_filled(data, read.test[0].column, {p.id: p.answer for p in outcome.predictions}, filled)
-    if json_file is not None:
-        write_text("--json", json_file, json.dumps({"model": model, **outcome.to_dict()}, indent=1) + "\n")
+        answers = {p.id: p.answer for p in outcome.predictions if p.answer is not None}
+        wrangle.write_table(wrangle.with_answers(wrangle.read_table(data), dataset.test[0].column, answers), filled)
+    if summary is not None:
+        write_text("--json", summary, json.dumps(outcome.to_dict(), indent=1) + "\n")
     typer.echo(str(outcome))
 
 
-def _wording(read: Data, *, dropped: list[str] | None, **said: Any) -> Wording:
-    """The data set's wording, but for what the options say."""
-    from .apps.wrangle import Wording
+def _read(
+    task: str,
+    data: Path | None,
+    three: tuple[Path | None, Path | None, Path | None],
+    column: str | None,
+    clean: Path | None,
+    made_errors: float,
+    seed: int,
+) -> wrangle.Data:
+    from .apps import wrangle
 
-    found = Wording.of(read.task, read.name)
-    return dataclasses.replace(found, **given(dropped=tuple(dropped) if dropped else None, **said))
+    if data is not None and three == (None, None, None):
+        return wrangle.read(task, data, column=column, clean=clean, made_errors=made_errors, seed=seed)
+    left, right, pairs = three
+    if data is not None or left is None or right is None or pairs is None or task != "entity_matching":
+        raise PolicyError("give --data, or for entity_matching --left, --right and --pairs, all three of them")
+    return wrangle.read_pair(left, right, pairs, seed=seed)

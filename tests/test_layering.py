@@ -30,9 +30,11 @@ ROWS = (
     {"checkpoints", "continuous"},
     {"loading", "modeling"},
     {"__init__"},
-    {"text", "quality", "bench", "apps", "integrations", "sweep", "plots"},
+    {"text"},
+    {"quality", "bench", "apps", "sweep", "plots"},
     {"demo", "plan_command", "profile_command", "models_command", "options"},
-    {"batch_command", "wrangle_command"},
+    {"integrations"},
+    {"batch_command", "helm_command", "lm_eval_command", "wrangle_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

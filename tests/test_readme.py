@@ -83,7 +83,13 @@ def test_dependencies_are_those_that_are_imported():
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
     comes_with_torch = {"triton"}  # where there is CUDA; elsewhere nothing needs it
-    optional = {"matplotlib": "plots", "gguf": "gguf", "pyarrow": "parquet"}  # with the extra that brings it
+    optional = {  # with the extra that brings it
+        "matplotlib": "plots",
+        "gguf": "gguf",
+        "helm": "helm",
+        "pyarrow": "parquet",
+        "lm_eval": "lm-eval",
+    }
     assert all(name in SETUP["options.extras_require"][extra] for name, extra in optional.items())
     third_party = imported - set(sys.stdlib_module_names) - {"flexgen_hf", "conversion"} - comes_with_torch
     assert third_party - optional.keys() == declared

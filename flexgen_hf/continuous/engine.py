@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..accounting import Account
+from ..accounting import Account, Load
 from ..errors import CapacityError, PolicyError
 from ..executor import Executor
 from ..kv_cache import MicroBatchCache, OpenBlock, Part
@@ -26,7 +26,7 @@ from .groups import Beginning, Group, capacity_for
 from .prefixes import common_beginnings, common_length, in_good_order
 from .texts import Text, TextRequest, Written
 
-__all__ = ["LEAST_SHARED", "ContinuousBatches", "Engine"]
+__all__ = ["LEAST_SHARED", "ContinuousBatches", "Engine", "Waiting"]
 
 #: tokens that a common beginning has at least, by default
 LEAST_SHARED = 32
@@ -67,11 +67,16 @@ class Engine:
     context: int | None
 
 
-class _Waiting(Text):
+class Waiting(Text):
     """A text that was not begun, with the beginning that it shares with others, if it does."""
 
     beginning: Beginning | None = None
     shared = 0  # tokens of it that this text begins with
+
+    @property
+    def shareable(self) -> Sequence[int]:
+        """The tokens of which all but the last may be known from another text."""
+        return self.request.ids
 
     @property
     def known(self) -> int:
@@ -112,7 +117,7 @@ class ContinuousBatches:
         self._on_sweep = on_sweep
         # Elsewhere padding would change what a text is.
         self._may_pad = engine.executor.structure.numbers_tokens_by_mask
-        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._waiting: collections.deque[Waiting] = collections.deque()
         self._windows_read = 0
         self._groups: list[Group] = []
         self._heads: list[Group] = []  # beginnings that the next sweep computes
@@ -120,22 +125,23 @@ class ContinuousBatches:
         self._place_of: dict[int, int] = {}  # of a group's cells, by their id
         self._largest = 0  # rows x tokens of the largest cells so far: the buffers that cells pass through hold them
         self._ended: list[Written] = []
-        self._enter: Callable[[Sequence[tuple[int, int, int]]], None] = lambda _: None
+        self._enter: Callable[[Sequence[Load]], None] = lambda _: None
 
-    def run(self, requests: Iterable[TextRequest]) -> Iterator[Written]:
-        """Writes all texts; yields each as it ends."""
+    def run(self, requests: Iterable[Any]) -> Iterator[Written]:
+        """Computes all texts, of requests that `_texts` knows; yields each as it ends."""
         source = iter(requests)
         with self._executor.session(), self._engine.account.sweeps() as self._enter:
             try:
                 while True:
                     self._read(source)
                     if not (self._groups or self._waiting or self._heads):
-                        return
+                        break
                     with torch.no_grad():
                         self._place()
                         if self._groups or self._heads:
                             self._sweep()
                     yield from self._taken()
+                yield from self._taken()
             finally:
                 self._stop()
 
@@ -144,7 +150,7 @@ class ContinuousBatches:
         """Reads the next window when less than a block is left of the last one."""
         if len(self._waiting) >= self._rows:
             return
-        texts = [self._text(request) for request in itertools.islice(source, self._window)]
+        texts = self._texts(source)
         self._share(texts)
         order = in_good_order(
             [len(text.request.ids) for text in texts],
@@ -155,15 +161,20 @@ class ContinuousBatches:
         self._waiting.extend(texts[i] for i in (order if self._windows_read % 2 == 0 else reversed(order)))
         self._windows_read += bool(texts)
 
-    def _text(self, request: TextRequest) -> _Waiting:
-        return _Waiting(request, self._engine.generate)
+    def _texts(self, source: Iterator[Any]) -> list[Waiting]:
+        """The texts of the next window; none only if there are no more requests."""
+        return [Waiting(request, self._engine.generate) for request in itertools.islice(source, self._window)]
 
-    def _share(self, texts: Sequence[_Waiting]) -> None:
+    def _make_group(self, child: MicroBatchCache, texts: Sequence[Waiting], first: int, width: int) -> Group:
+        """What computes them together."""
+        return Group(child, texts, first, width)
+
+    def _share(self, texts: Sequence[Waiting]) -> None:
         """Finds what texts begin with in common, among them and with earlier ones."""
         if self._least_shared is None or not texts:
             return
         earlier, self._beginnings = self._beginnings, [b for b in self._beginnings if b.wanted]
-        for members, tokens in common_beginnings([text.request.ids for text in texts], max(1, self._least_shared)):
+        for members, tokens in common_beginnings([text.shareable for text in texts], max(1, self._least_shared)):
             ids = texts[members[0]].request.ids[:tokens]
             close = [b for b in earlier if not b.failed and common_length(b.ids, ids) >= _CLOSE_ENOUGH * tokens]
             beginning = max(close, key=lambda b: common_length(b.ids, ids)) if close else Beginning(ids)
@@ -272,9 +283,9 @@ class ContinuousBatches:
                 return True
         return False
 
-    def _next_texts(self, room: int) -> list[_Waiting]:
+    def _next_texts(self, room: int) -> list[Waiting]:
         """The next texts that can be computed together, taken from those that wait."""
-        texts: list[_Waiting] = []
+        texts: list[Waiting] = []
         rows = 0
         while self._waiting and rows < room:
             text = self._waiting[0]
@@ -295,7 +306,7 @@ class ContinuousBatches:
             rows += text.rows
         return texts
 
-    def _start(self, text: _Waiting) -> bool:
+    def _start(self, text: Waiting) -> bool:
         """Runs a text to its first forward; returns whether there is one."""
         if not text.is_started:
             text.advance()
@@ -311,7 +322,7 @@ class ContinuousBatches:
                 self._end(text)
         return not text.is_done
 
-    def _group(self, texts: Sequence[_Waiting]) -> Group:
+    def _group(self, texts: Sequence[Waiting]) -> Group:
         """Cells for texts that are begun, filled with what is known of their prompts."""
         width = max(text.new_tokens for text in texts)
         first = width - max(text.new_tokens - text.known for text in texts)
@@ -320,7 +331,7 @@ class ContinuousBatches:
         try:
             if first:
                 self._block.fill(child, _known_parts(texts, width - first), first)
-            group = Group(child, texts, first, width)
+            group = self._make_group(child, texts, first, width)
             self._check(group)
         except BaseException:
             self._drop(child)
@@ -357,7 +368,7 @@ class ContinuousBatches:
         self._block.children = [g.child for g in groups]
         self._block.prepare_sweep()
 
-    def _begin_beginning(self, text: _Waiting, beginning: Beginning) -> None:
+    def _begin_beginning(self, text: Waiting, beginning: Beginning) -> None:
         """Has what a text begins with computed in the next sweep."""
         beginning.prepare(text)
         try:
@@ -401,7 +412,7 @@ class ContinuousBatches:
                 beginning.child = group.child
             else:
                 for text in ended:
-                    assert isinstance(text, _Waiting)
+                    assert isinstance(text, Waiting)
                     self._end(text)
         self._heads = []
         for group in [group for group in self._groups if not group.live]:
@@ -411,10 +422,10 @@ class ContinuousBatches:
         if self._on_sweep is not None:
             self._on_sweep(news)
 
-    def _end(self, text: _Waiting) -> None:
-        self._ended.append(Written(text.request, text.result, text.failure))
+    def _end(self, text: Waiting) -> None:
+        self._ended.append(Written(text.request, text.result, text.failure, text.log_probs))
 
-    def _fail(self, text: _Waiting, error: Exception) -> None:
+    def _fail(self, text: Waiting, error: Exception) -> None:
         text.end()
         text.needs_no_beginning()
         self._ended.append(Written(text.request, None, error))
@@ -436,7 +447,7 @@ class ContinuousBatches:
         self._block.close()
 
 
-def _known_parts(texts: Sequence[_Waiting], computed: int) -> list[Part]:
+def _known_parts(texts: Sequence[Waiting], computed: int) -> list[Part]:
     """For each text what its rows take from a beginning, if the last `computed` tokens of it are computed."""
     children = [text.beginning.child for text in texts if text.beginning is not None and text.known]
     parts = []
@@ -448,6 +459,9 @@ def _known_parts(texts: Sequence[_Waiting], computed: int) -> list[Part]:
     return parts
 
 
-def _loads(groups: Sequence[Group]) -> list[tuple[int, int, int]]:
-    """Of each micro-batch its rows, new tokens, and the tokens before, as many as they will be in the end."""
-    return [(g.rows, g.new_tokens, max(g.length, g.child.cells[0].capacity - g.new_tokens)) for g in groups]
+def _loads(groups: Sequence[Group]) -> list[Load]:
+    """What each micro-batch is in the account, with as many tokens before the new ones as there will be in the end."""
+    return [
+        Load(g.rows, g.new_tokens, max(g.length, g.child.cells[0].capacity - g.new_tokens), g.scored_tokens)
+        for g in groups
+    ]

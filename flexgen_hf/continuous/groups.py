@@ -102,6 +102,9 @@ class Group:
         width: tokens of the longest row after the next forward.
     """
 
+    #: tokens whose probability the next forward is to give
+    scored_tokens = 0
+
     def __init__(self, child: MicroBatchCache, members: Sequence[Member], first: int, width: int) -> None:
         self.child, self.members = child, list(members)
         self.length, self._new = first, width - first

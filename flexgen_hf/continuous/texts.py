@@ -40,12 +40,14 @@ class TextRequest:
             from torch's own generator. Drawn are the numbers that `generate` would draw, for this prompt alone on a CPU
             after `torch.manual_seed(seed)`.
         key: the caller's own; it comes back with the text.
+        log_probs: whether to return how likely each token was, which beams do not say of themselves.
     """
 
     ids: Sequence[int]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int | None = None
     key: Any = None
+    log_probs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,11 +58,15 @@ class Written:
         request: the request.
         output: what `generate` returned, prompt included, on the CPU; None if there was an error.
         error: what was wrong with this request.
+        log_probs: if they were asked for, of each token that was written: the logarithm of its probability by the
+            model's own logits, before temperature and processors, float32, (rows, new tokens). Those of padding behind
+            a row's end mean nothing.
     """
 
     request: TextRequest
     output: Any = None
     error: Exception | None = None
+    log_probs: torch.Tensor | None = None
 
 
 class TextCache(Cache):
@@ -71,6 +77,8 @@ class TextCache(Cache):
         self.tokens = 0
         #: the most tokens it will have to hold
         self.limit = 0
+        #: beams of each prompt
+        self.beams = 1
         #: row i is to become what row `order[i]` is, (rows,), before the next forward; None leaves all as they are
         self.order: torch.Tensor | None = None
 
@@ -115,6 +123,8 @@ class Text(greenlet.greenlet):
         self.result: Any = None
         self.failure: Exception | None = None
         self._generate = generate
+        self._logits: torch.Tensor | None = None  # that the next token is chosen by, (rows, vocabulary)
+        self._log_probs: list[torch.Tensor] = []  # of each token so far, (rows,)
         self._random: torch.Tensor | None = None
         if request.seed is not None:
             self._random = torch.Generator().manual_seed(request.seed).get_state()
@@ -141,6 +151,13 @@ class Text(greenlet.greenlet):
         """Tokens of each row that the next forward is to compute, those of a known beginning included."""
         assert self.given is not None
         return int(self.given["input_ids"].shape[1])
+
+    @property
+    def log_probs(self) -> torch.Tensor | None:
+        """How likely each token was that has been written, (rows, new tokens), if that was asked for."""
+        if not self.request.log_probs or self.failure is not None:
+            return None
+        return torch.stack(self._log_probs, 1) if self._log_probs else torch.empty((1, 0))
 
     @property
     def tokens_left(self) -> int:
@@ -173,9 +190,16 @@ class Text(greenlet.greenlet):
         is_plain = isinstance(ids, torch.Tensor) and given.get("past_key_values") is self.cache
         if not is_plain or (self.cache.tokens and ids is not None and ids.shape[1] > 1):
             raise UnsupportedModelError(_NOT_HERE)
+        if self.request.log_probs and self.cache.beams > 1:
+            raise UnsupportedModelError("log_probs: beams change places while they are written; leave num_beams out")
+        assert ids is not None
+        self._note(ids[:, -1])
         self.plain, self.given = plain, given
         assert self.parent is not None
-        return self.parent.switch()
+        output = self.parent.switch()
+        if self.request.log_probs:
+            self._logits = output.logits[:, -1]
+        return output
 
     def end(self) -> None:
         """Ends the coroutine where it is, without a result."""
@@ -192,8 +216,18 @@ class Text(greenlet.greenlet):
             if not ids.numel():
                 raise PolicyError("the prompt has no tokens, so there is nothing to go on from; give it some text")
             self.result = self._generate(input_ids=ids, **options)
+            sequences = getattr(self.result, "sequences", self.result)
+            self._note(sequences[:, ids.shape[1] + len(self._log_probs) :][:, :1].flatten())
         except Exception as error:  # noqa: BLE001  it is this request's, and must not end the others
             self.failure = error
+
+    def _note(self, chosen: torch.Tensor) -> None:
+        """Notes how likely chosen tokens were, (rows,); they are known when the next ones are asked for."""
+        logits, self._logits = self._logits, None
+        if logits is None or not chosen.numel():
+            return
+        found = torch.log_softmax(logits.float(), -1).gather(1, chosen.to(logits.device)[:, None])
+        self._log_probs.append(found[:, 0].cpu())
 
 
 def current_text() -> Text | None:

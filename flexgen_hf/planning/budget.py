@@ -25,6 +25,7 @@ __all__ = [
     "PAGE",
     "PINNED_BYTES",
     "ROWS_AT_ONCE",
+    "SCORED_AT_ONCE",
     "TILE_BYTES",
     "Call",
     "Demand",
@@ -60,6 +61,10 @@ TILE_BYTES = 8 << 20
 #: tokens that an expert is multiplied with at a time, if a micro-batch does not have more: the weights are gone through
 #: once for as many, so fewer would cost time; more would take room for activations (`experts`)
 ROWS_AT_ONCE = 64
+
+#: tokens whose logits are looked at together where continuations are scored, whatever the block: the head's table is
+#: gone through once for as many (`continuous.scoring`)
+SCORED_AT_ONCE = 64
 
 #: pinned buffers of an accelerator's links, all together (`storage.pinned`)
 PINNED_BYTES = 16 << 20
@@ -147,6 +152,7 @@ class Call:
         may_be_cut: rows do not influence each other, so a smaller block is another way to compute the same.
         makes_cache: cells are made for the call; not if the caller gives a cache or wants none.
         logit_tokens: tokens of a row whose logits the model returns at once.
+        scored: tokens of all rows whose probability is asked for.
         kept_logits: how often the logits of one token of every row are held, in float32, until the call ends.
         samples: tokens are drawn, so logits are sorted and normalized.
         eager: attention writes its scores to memory.
@@ -166,6 +172,7 @@ class Call:
     may_be_cut: bool = True
     makes_cache: bool = True
     logit_tokens: int = 1
+    scored: int = 0
     kept_logits: int = 0
     samples: bool = False
     eager: bool = False
@@ -233,9 +240,10 @@ class Demand:
 
         *logits*: 2s + 8 bytes for each row and entry of the vocabulary (the head's product, one copy, and transformers'
         in float32, those of the last token too, which its loop names until the next are there), 12 more with beams and
-        28 more if tokens are drawn, 4 more for each step that is kept; 2s for each further token whose logits are
-        returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their logarithms); and the tile of the
-        head's table that is being cast.
+        28 more if tokens are drawn, 4 more for each step that is kept; s + 8 for each entry of the vocabulary and each
+        of the `SCORED_AT_ONCE` tokens that are scored at a time, whose hidden states are kept until then; 2s for each
+        further token whose logits are returned, and for a loss of each 4 more (8 in 16 bit: in float32, and their
+        logarithms); and the tile of the head's table that is being cast.
 
         Measured on a CPU in 48 runs with all of that held (an OPT and a Llama of hidden size 512; float32, bfloat16 and
         float16; greedy, beams, sampling, eager), both together were 0.9 to 2.4 times what the process really took
@@ -379,7 +387,13 @@ class Demand:
             entry += (4 if shape.itemsize >= 4 else 8) * call.logit_tokens
         entry += 8 + (28 if call.samples else 0) + 4 * call.kept_logits
         cast = TILE_BYTES if shape.casts_head else 0
-        return call.rows * shape.vocab_size * entry + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
+        scored = min(call.scored, SCORED_AT_ONCE) * shape.vocab_size * (shape.itemsize + 8)
+        scored += call.scored * shape.hidden_size * shape.itemsize
+        return (
+            call.rows * shape.vocab_size * entry
+            + scored
+            + min(cast, shape.vocab_size * shape.hidden_size * shape.itemsize)
+        )
 
 
 def room_for(tokens: int, window: int | None) -> int:

@@ -12,11 +12,11 @@ print(outcome)  # rows, precision, recall, F1, accuracy, token/s
 
 from .choosing import Shots
 from .examples import Data, Example
-from .layouts import read, read_pair
+from .layouts import read, read_pair, with_answers
 from .metrics import Scores
-from .predictions import Prediction, write_filled
-from .runner import Outcome, first_prompt, run
-from .tables import read_table
+from .predictions import Prediction
+from .runner import Outcome, prompts, run
+from .tables import read_table, write_table
 from .wording import Wording
 
 __all__ = [
@@ -27,10 +27,11 @@ __all__ = [
     "Scores",
     "Shots",
     "Wording",
-    "first_prompt",
+    "prompts",
     "read",
     "read_pair",
     "read_table",
     "run",
-    "write_filled",
+    "with_answers",
+    "write_table",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import PolicyError, StoreError
@@ -15,13 +15,10 @@ __all__ = ["cells_of", "cells_of_table"]
 #: columns of a split that are not the row's
 _ABOUT = ("row_id", "col_name", "is_clean")
 
-# Of the errors that are made: the others are typos.
-_SWAPPED = 0.3
-
 
 def cells_of(split: Table, table: Table | None, file: Path) -> list[Example]:
-    """The cells that a split names by `col_name`, with `is_clean`. A line names its row of the table by `row_id`, or
-    holds the row itself.
+    """The cells that a split names by `row_id, col_name`, with `is_clean`; without a table each line of the split holds
+    the row as well.
 
     Raises:
         StoreError: columns are missing, or no such row or column.
@@ -29,12 +26,9 @@ def cells_of(split: Table, table: Table | None, file: Path) -> list[Example]:
     """
     found = []
     for number, line in enumerate(split):
-        if "col_name" not in line:
+        if "col_name" not in line or (table is not None and "row_id" not in line):
             raise StoreError(f"{str(file)!r} needs columns row_id, col_name and is_clean, but has {', '.join(line)}")
-        if table is None or "row_id" not in line:
-            row, key = _own(line), str(number)
-        else:
-            row, key = _row(table, line["row_id"], file), line["row_id"]
+        row, key = (_own(line), str(number)) if table is None else (_row(table, line["row_id"], file), line["row_id"])
         column = line["col_name"]
         if column not in row:
             raise StoreError(f"{str(file)!r} names the column {column!r}, but the table has {', '.join(row)}")
@@ -111,7 +105,7 @@ def _compared(table: Table, clean: Path) -> dict[tuple[int, str], str]:
 
 
 def _spoiled(table: Table, share: float, seed: int) -> tuple[Table, set[tuple[int, str]]]:
-    """The table with an error in a share of its cells, and which these are."""
+    """The table with an x in place of a letter or digit of a share of its cells, and which these are."""
     draw = random.Random(seed)  # noqa: S311  the same errors in every run
     places = [
         (number, name)
@@ -120,20 +114,12 @@ def _spoiled(table: Table, share: float, seed: int) -> tuple[Table, set[tuple[in
         if any(letter.isalnum() and letter not in "xX" for letter in value)
     ]
     wrong = set(draw.sample(places, round(len(places) * share)))
-    values = {name: sorted({row[name] for row in table}) for name in (table[0] if table else ())}
     return [
-        {
-            name: _with_an_error(value, values[name], draw) if (number, name) in wrong else value
-            for name, value in row.items()
-        }
+        {name: _with_an_error(value, draw) if (number, name) in wrong else value for name, value in row.items()}
         for number, row in enumerate(table)
     ], wrong
 
 
-def _with_an_error(value: str, values: Sequence[str], draw: random.Random) -> str:
-    """An x in place of a letter or digit; or, three times in ten, another value of the column, if it has one."""
-    others = [other for other in values if other != value]
-    if others and draw.random() < _SWAPPED:
-        return draw.choice(others)
+def _with_an_error(value: str, draw: random.Random) -> str:
     place = draw.choice([place for place, letter in enumerate(value) if letter.isalnum() and letter not in "xX"])
     return f"{value[:place]}x{value[place + 1 :]}"

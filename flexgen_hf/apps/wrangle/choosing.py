@@ -20,7 +20,7 @@ from ...errors import PolicyError, StoreError
 from .examples import Data, Example, sampled
 from .wording import Wording
 
-__all__ = ["WAYS", "Shots", "Shown", "at_random", "by_clusters", "read_shown", "tried"]
+__all__ = ["WAYS", "Shots", "at_random", "by_clusters", "read_shown"]
 
 WAYS = ("random", "clusters", "manual")
 
@@ -30,6 +30,8 @@ Shown = tuple[str, str]
 # Pieces of words are counted in so many places; more than a question has, few enough for clusters to be found at once.
 _PLACES = 512
 _PIECE = 3
+# Where k-means ends depends on where it begins; the tightest clusters are taken.
+_STARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,39 +91,41 @@ def at_random(data: Data, count: int, seed: int) -> list[Example]:
 
 
 def by_clusters(texts: Sequence[str], count: int, seed: int) -> list[int]:
-    """Numbers of texts that are unlike each other: of each of so many clusters, the one nearest to its centre."""
+    """Numbers of distinct texts, of each of so many clusters the one nearest to its centre; fewer if there are none."""
     import numpy as np
     from scipy.cluster.vq import kmeans2
 
-    if len(texts) <= count:
-        return list(range(len(texts)))
-    if not count:
-        return []
-    vectors = _vectors(texts)
+    distinct = sorted({text: place for place, text in reversed([*enumerate(texts)])}.values())
+    if count < 1 or len(distinct) <= count:
+        return distinct[: max(0, count)]
+    vectors = _vectors([texts[place] for place in distinct])
+    found = []
     with warnings.catch_warnings():
-        # like texts may leave a cluster empty; the next loop takes others for it
+        # an empty cluster gives no text
         warnings.simplefilter("ignore", UserWarning)
-        centres, cluster = kmeans2(vectors, count, minit="points", seed=seed)
-    distances = np.linalg.norm(vectors - centres[cluster], axis=1)
-    order = np.argsort(distances, kind="stable").tolist()
-    firsts = list({int(cluster[place]): place for place in reversed(order)}.values())
-    others = [place for place in order if place not in set(firsts)]
-    return sorted([*firsts, *others][:count])
+        for start in range(_STARTS):
+            centres, cluster = kmeans2(vectors, count, minit="++", seed=(_STARTS * seed + start) % 2**32)
+            found.append((np.linalg.norm(vectors - centres[cluster], axis=1), cluster))
+    distances, cluster = min(found, key=lambda pair: float((pair[0] ** 2).sum()))
+    nearest: dict[int, int] = {}
+    for row in np.argsort(distances, kind="stable").tolist():
+        nearest.setdefault(int(cluster[row]), distinct[row])
+    return sorted(nearest.values())
 
 
 def read_shown(file: str | Path, data: Data, wording: Wording) -> list[Shown]:
     """Questions and answers that were chosen by hand: JSON lines, each `{"text": ..., "label": ...}`, or `{"id": ...}`
-    of an example of the train split, or of the validation split if the other has none of that id.
+    of an example of the train split, or of the validation split if there is no other.
 
     Raises:
         StoreError: the file cannot be read.
         PolicyError: a line is something else, or names no labelled example.
     """
     try:
-        lines = Path(file).read_text("utf-8").split("\n")
+        lines = Path(file).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot read the examples {str(file)!r} ({error})") from error
-    by_id = {example.id: example for example in [*data.valid, *data.train]}
+    by_id = {example.id: example for example in data.train or data.valid}
     shown = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -140,7 +144,7 @@ def _shown(line: str, where: str, by_id: dict[str, Example], wording: Wording) -
         return str(given["text"]), str(given["label"])
     example = by_id.get(str(given["id"]))
     if example is None or example.label is None:
-        raise PolicyError(f"{where}: {given['id']!r} is no labelled example of the train or validation split")
+        raise PolicyError(f"{where}: {given['id']!r} is no labelled example of the train split")
     return wording.asked(example), example.label
 
 

@@ -8,8 +8,8 @@ What `read` takes for each task:
   taken; or a CSV file, whose empty cells are asked for.
 - `error_detection`: a folder with `table.csv` and `train.csv`, `valid.csv`, `test.csv` of `row_id, col_name, is_clean`,
   or without the table if these hold the row as well; or a CSV file, with what is right in `NAME_clean.csv`.
-- `schema_matching`: a folder with `train.csv`, `valid.csv`, `test.csv` of `left, right, label`, or of `omop, table,
-  label` with descriptions `d1` to `d4`; or a CSV file.
+- `schema_matching`: a folder with `train.csv`, `valid.csv`, `test.csv` of `left, right, label`, or of
+  `omop, table, label` with descriptions `d1` to `d4`; or a CSV file.
 
 A folder may lack train and valid. Labels may be missing.
 """
@@ -23,10 +23,10 @@ from ...errors import PolicyError, StoreError
 from .cells import cells_of, cells_of_table
 from .examples import NO, TASKS, YES, Data, Example, apportioned
 from .serialising import cell_text
-from .tables import Row, Table, ids_of, read_pair_lines, read_table
+from .tables import Row, Table, read_pair_lines, read_table
 from .wording import Wording
 
-__all__ = ["read", "read_pair"]
+__all__ = ["read", "read_pair", "with_answers"]
 
 _SPLITS = ("train", "valid", "test")
 
@@ -218,10 +218,20 @@ def _distinct(pairs: Sequence[Example], seen: set[tuple[tuple[str, str], ...]]) 
 
 def _holes(table: Table, column: str, path: Path) -> list[Example]:
     found = []
-    for known_by, row in zip(ids_of(table), table, strict=True):
+    for number, row in enumerate(table):
         if column not in row:
             raise PolicyError(f"{str(path)!r} has no column {column!r}, but {', '.join(map(repr, row))}")
         value = cell_text(row[column])
         rest = {name: cell for name, cell in row.items() if name not in (column, "id")}
-        found.append(Example(known_by, (rest,), column, value or None))
+        found.append(Example(str(number), (rest,), column, value or None))
     return found
+
+
+def with_answers(table: Table, column: str, answers: dict[str, str]) -> Table:
+    """A table whose empty cells of a column have the answers, each by the number of its row."""
+    filled = []
+    for number, row in enumerate(table):
+        answer = answers.get(str(number))
+        is_empty = not cell_text(row[column])
+        filled.append({**row, column: answer} if is_empty and answer is not None else row)
+    return filled

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import PolicyError, StoreError
+from ...errors import PolicyError
 from .examples import YES, Example
 from .metrics import Scores
-from .serialising import cell_text
-from .tables import ids_of, read_table
+from .tables import write_table, write_whole
 from .wording import Wording
 
-__all__ = ["Prediction", "refuse_ending", "scored", "write_filled", "write_predictions"]
+__all__ = ["Prediction", "refuse_ending", "scored", "write_predictions"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,29 +82,9 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     """
     rows = [dataclasses.asdict(prediction) for prediction in predictions]
     if path.suffix.lower() == ".csv":
-        content = _csv_text([field.name for field in dataclasses.fields(Prediction)], rows)
+        write_table(rows, path)
     else:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _write_whole(path, content)
-
-
-def write_filled(path: Path, column: str, answers: Mapping[str, str | None], target: Path) -> None:
-    """Writes a CSV file again with answers in the empty cells of a column.
-
-    Args:
-        path: of the file.
-        column: that had holes.
-        answers: by the ids of predictions; what has none, or None, stays empty.
-        target: of the file to be written.
-
-    Raises:
-        StoreError: the one cannot be read, or the other not written.
-    """
-    table = read_table(path)
-    for known_by, row in zip(ids_of(table), table, strict=True):
-        if not cell_text(row[column]):
-            row[column] = answers.get(known_by) or ""
-    _write_whole(target, _csv_text(list(table[0]), table))
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def refuse_ending(path: Path) -> None:
@@ -118,29 +95,3 @@ def refuse_ending(path: Path) -> None:
     """
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise PolicyError(f"predictions are written as .jsonl or .csv, not {path.name!r}; give another name")
-
-
-def _write_whole(path: Path, content: str) -> None:
-    """Writes a file that is whole or not there.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(content, "utf-8", newline="")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StoreError(
-            f"cannot write {str(path)!r} ({error.strerror}); give another name, or free some space"
-        ) from error
-
-
-def _csv_text(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a header."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .metrics import Scores
 from .predictions import Prediction, refuse_ending, scored, write_predictions
 from .wording import Wording
 
-__all__ = ["Outcome", "first_prompt", "run"]
+__all__ = ["Outcome", "prompts", "run"]
 
 # An answer ends with its line: what would follow is the next question, which a model goes on to make up.
 _STOP = "\n"
@@ -58,7 +57,7 @@ class Outcome:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens of prompts and answers in a second, shared beginnings counted each time; None if all was there."""
+        """Tokens of prompts and answers in a second, a shared beginning counted for each; None if all was there."""
         return (self.job.prompt_tokens + self.job.tokens) / self.job.seconds if self.job.seconds else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +95,7 @@ class Outcome:
 def run(  # noqa: PLR0913  a job is described by many things
     data: Data,
     model: Any,
-    tokenizer: Any = None,
+    tokenizer: Any,
     *,
     wording: Wording | None = None,
     shots: Shots | None = None,
@@ -109,9 +108,8 @@ def run(  # noqa: PLR0913  a job is described by many things
 
     Args:
         data: from `read` or `read_pair`.
-        model: from `FlexGenForCausalLM.from_pretrained`; or a function that returns model and tokenizer, which is
-            called once the data are seen to be in order.
-        tokenizer: the model's tokenizer.
+        model: from `FlexGenForCausalLM.from_pretrained`.
+        tokenizer: its tokenizer.
         wording: how questions are put; by default as the data set's name and task suggest.
         shots: which examples prompts show; by default ten at random.
         job: how texts are written: options of `generate`, chat, window. An answer ends with its line, and after 4
@@ -129,36 +127,24 @@ def run(  # noqa: PLR0913  a job is described by many things
             continued.
         StoreError: a file that cannot be read or written.
     """
-    wording = _checked(data, wording)
+    wording = wording or Wording.of(data.task, data.name)
+    if wording.task != data.task:
+        raise PolicyError(f"the wording is of {wording.task}, the data of {data.task}; give one of the same task")
+    if not data.test:
+        raise PolicyError(f"{data.name!r} has no examples to be answered; its test split is empty")
     job = _with_limits(job or batch.Job(), data.task)
-    if tokenizer is not None:
-        job = dataclasses.replace(job, name=job.name or str(getattr(model.config, "name_or_path", "")))
-    load = functools.cache(lambda: model() if tokenizer is None else (model, tokenizer))
     with _files(output) as (asked, answers):
-        _write(asked, _prompts(data, wording, _shown(data, wording, shots or Shots(), load, job)))
-        report = batch.run(asked, answers, load, job=job, overwrite=overwrite, show_progress=show_progress)
-        with answers.open(encoding="utf-8", newline="\n") as lines:
-            by_index = {line["index"]: line for line in map(json.loads, lines)}
+        _write(asked, prompts(data, wording, _shown(data, wording, shots or Shots(), model, tokenizer, job)))
+        report = batch.run(asked, answers, model, tokenizer, job=job, overwrite=overwrite, show_progress=show_progress)
+        lines = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
+    by_index = {line["index"]: line for line in lines}
     predictions = [Prediction.of(example, by_index[n], wording) for n, example in enumerate(data.test)]
     if output is not None:
         write_predictions(predictions, Path(output))
     return Outcome(data.name, data.task, predictions, scored(predictions, wording), report)
 
 
-def first_prompt(data: Data, *, wording: Wording | None = None, shots: Shots | None = None) -> str:
-    """What a model is asked first, to look at before anything is computed.
-
-    Raises:
-        PolicyError: nothing to be answered or shown, or what is shown depends on the model's mistakes.
-    """
-    shots = shots or Shots()
-    if shots.how == "clusters":
-        raise PolicyError("examples chosen by clusters depend on what a model gets wrong; look at random ones instead")
-    wording = _checked(data, wording)
-    return _prompts(data, wording, _shown(data, wording, shots, None, batch.Job()), data.test[:1])[0]
-
-
-def _prompts(
+def prompts(
     data: Data, wording: Wording, shown: Sequence[Shown], examples: Sequence[Example] | None = None
 ) -> list[str]:
     """The prompts of the examples to be answered, or of others: the instruction, what is shown, the question."""
@@ -169,34 +155,20 @@ def _prompts(
     return [beginning + wording.asked(example) for example in examples]
 
 
-def _checked(data: Data, wording: Wording | None) -> Wording:
-    """The wording, fit for the data, of which there are some."""
-    wording = wording or Wording.of(data.task, data.name)
-    if wording.task != data.task:
-        raise PolicyError(f"the wording is of {wording.task}, the data of {data.task}; give one of the same task")
-    if not data.test:
-        raise PolicyError(f"{data.name!r} has no examples to be answered; give data with some in the test split")
-    return wording
-
-
-def _shown(
-    data: Data, wording: Wording, shots: Shots, load: Callable[[], tuple[Any, Any]] | None, job: batch.Job
-) -> Sequence[Shown]:
-    """What all prompts show; a model is loaded for it only where its mistakes are looked for."""
+def _shown(data: Data, wording: Wording, shots: Shots, model: Any, tokenizer: Any, job: batch.Job) -> Sequence[Shown]:
+    """What all prompts show."""
     if shots.file is not None:
         return read_shown(shots.file, data, wording)
     chosen = at_random(data, shots.count, shots.seed)
-    if shots.how == "clusters" and shots.count and load is not None:
-        candidates = tried(data, shots)
+    if shots.how == "clusters" and shots.count:
+        candidates = [example for example in tried(data, shots) if example not in set(chosen)]
         if not candidates:
             raise PolicyError(f"{data.name!r} has no labelled validation examples; choose the shown ones at random")
-        asked = _prompts(data, wording, _said(chosen, wording), candidates)
-        mistaken = _mistakes(asked, candidates, wording, load(), job)
+        asked = prompts(data, wording, _said(chosen, wording), candidates)
+        mistaken = _mistakes(asked, candidates, wording, model, tokenizer, job)
         questions = [wording.asked(example) for example in mistaken]
         telling = [mistaken[place] for place in by_clusters(questions, shots.count, shots.seed)]
-        # what is not mistaken needs no telling, so random ones fill up
-        ids = {example.id for example in telling} if not data.train else set()
-        chosen = [*telling, *(example for example in chosen if example.id not in ids)][: shots.count]
+        chosen = [*telling, *chosen][: shots.count]  # what goes right needs no telling, so random ones fill up
     return _said(chosen, wording)
 
 
@@ -205,11 +177,11 @@ def _said(examples: Sequence[Example], wording: Wording) -> list[Shown]:
 
 
 def _mistakes(
-    asked: Sequence[str], examples: Sequence[Example], wording: Wording, loaded: tuple[Any, Any], job: batch.Job
+    asked: Sequence[str], examples: Sequence[Example], wording: Wording, model: Any, tokenizer: Any, job: batch.Job
 ) -> list[Example]:
     """The examples that the model gets wrong, in their order."""
     wrong = set()
-    for result in batch.texts(asked, *loaded, options=job.options, prompting=job.prompting):
+    for result in batch.texts(asked, model, tokenizer, options=job.options, prompting=job.prompting):
         answer = wording.read(result.texts[0].text) if result.error is None else None
         label = examples[result.index].label or ""
         if answer is None or wording.compared(answer) != wording.compared(label):

@@ -33,9 +33,7 @@ def row_text(row: Row, dropped: Collection[str] = (), renamed: Mapping[str, str]
     """
     names = renamed or {}
     return ". ".join(
-        f"{names.get(name, name)}: {cell_text(value) or blank}".rstrip()
-        for name, value in row.items()
-        if name not in dropped
+        f"{names.get(name, name)}: {cell_text(value) or blank}" for name, value in row.items() if name not in dropped
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import StoreError
 
-__all__ = ["Row", "Table", "ids_of", "read_pair_lines", "read_table"]
+__all__ = ["Row", "Table", "read_pair_lines", "read_table", "write_table", "write_whole"]
 
 #: attributes and values as text, in the order of the table's columns
 Row = Mapping[str, str]
@@ -22,7 +24,7 @@ _ATTRIBUTE = re.compile(r"(?:^|\s)COL (\S+) VAL(?=\s|$)")
 
 
 def read_table(path: str | Path) -> Table:
-    """The rows of a CSV file with a header. A short row has empty cells at its end; a column without name is left out.
+    """The rows of a CSV file with a header. A short row has empty cells at its end; what has no name is left out.
 
     Raises:
         StoreError: no such file, not a table, or a row with more cells than the header.
@@ -39,12 +41,6 @@ def read_table(path: str | Path) -> Table:
         raise StoreError(f"{str(path)!r} is no table ({error}); give CSV in UTF-8 with a header") from error
 
 
-def ids_of(table: Table) -> list[str]:
-    """What each row is known by: its `id` where these are distinct, else its number."""
-    ids = [row.get("id", "") for row in table]
-    return ids if all(ids) and len(set(ids)) == len(ids) else [str(number) for number in range(len(table))]
-
-
 def read_pair_lines(path: str | Path) -> list[tuple[Row, Row, str]]:
     """Left row, right row and label of each line of a file such as DeepMatcher's benchmarks have: three tab-separated
     parts, the rows as `COL name VAL value COL name VAL value`.
@@ -53,8 +49,7 @@ def read_pair_lines(path: str | Path) -> list[tuple[Row, Row, str]]:
         StoreError: no such file, or a line of another form.
     """
     try:
-        with Path(path).open(encoding="utf-8", newline="\n") as file:  # other line breaks are part of a value
-            lines = file.read().split("\n")
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot read the pairs {str(path)!r} ({error})") from error
     pairs: list[tuple[Row, Row, str]] = []
@@ -70,6 +65,37 @@ def read_pair_lines(path: str | Path) -> list[tuple[Row, Row, str]]:
             )
         pairs.append((rows[0], rows[1], parts[2].strip()))
     return pairs
+
+
+def write_table(table: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes a CSV file with a header; nothing of an empty table.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(table[0]) if table else [])
+    if table:
+        writer.writeheader()
+    writer.writerows(table)
+    write_whole(Path(path), text.getvalue())
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Writes a file that is whole or not there.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(content, "utf-8", newline="")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write {str(path)!r} ({error.strerror}); give another name, or free some space"
+        ) from error
 
 
 def _rows(lines: Iterator[list[str]], path: str | Path) -> Iterator[dict[str, str]]:

@@ -30,8 +30,7 @@ _INSTRUCTIONS = {
     "schema_matching": "Decide whether two attributes of different schemas, A and B, mean the same. Answer Yes or No.",
 }
 
-# The answer is the first word: "there is no way to say" is none.
-_DECISION = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+_DECISION = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Wording:
         line = text.strip().split("\n")[0]
         if self.task == "imputation":
             return cell_text(line) or None
-        found = _DECISION.match(line)
+        found = _DECISION.search(line)
         return None if found is None else YES if found[1].casefold() == "yes" else NO
 
     def compared(self, answer: str) -> str:
@@ -122,7 +121,8 @@ class Wording:
 _SONG = {"Song_Name": "name", "Artist_Name": "artist", "Album_Name": "album", "Genre": "genre", "Price": "price",
          "Time": "time", "Released": "released"}  # fmt: skip
 _RESTAURANT: Mapping[str, Any] = {
-    "column": "city", "dropped": ("class",), "instruction": "Fill in the city of the restaurant.",
+    "column": "city", "dropped": ("class",), "thing": "Restaurant",
+    "instruction": "Fill in the city of the restaurant.",
 }  # fmt: skip
 
 #: by task and the beginning of a name, in small letters and digits only
@@ -138,7 +138,7 @@ _KNOWN: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("entity_matching", "itunesamazon"): {"thing": "Song", "dropped": ("CopyRight",), "renamed": _SONG},
     ("entity_matching", "walmartamazon"): {"thing": "Product", "dropped": ("category", "price", "brand")},
     ("imputation", "buy"): {
-        "column": "manufacturer", "instruction": "Fill in the manufacturer of the product.",
+        "column": "manufacturer", "thing": "Product", "instruction": "Fill in the manufacturer of the product.",
     },
     ("imputation", "restaurant"): _RESTAURANT,
     ("imputation", "fodorszagats"): _RESTAURANT,

@@ -463,6 +463,22 @@ def test_a_job_goes_on_where_it_was(tmp_path: Path, model: Any, tokenizer: Any) 
     wrangle.run(data, model, tokenizer, shots=wrangle.Shots(3), output=output, overwrite=True)
 
 
+def test_only_line_feeds_part_the_lines_of_files(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    """Others, such as U+2028, are part of what a model writes and of examples by hand."""
+    data, shown = decisions(20), tmp_path / "shown.jsonl"
+    shown.write_text('{"text": "Is a\u2028b?", "label": "No"}\n', "utf-8")
+    assert choosing.read_shown(shown, data, wrangle.Wording("schema_matching")) == [("Is a\u2028b?", "No")]
+    shots = wrangle.Shots(how="manual", file=shown)
+    output = tmp_path / "out.jsonl"
+    first = wrangle.run(data, model, tokenizer, shots=shots, output=output)
+    answers = tmp_path / "out.jsonl.answers.jsonl"
+    lines = [{**json.loads(line), "text": "No\u2028\x85"} for line in answers.read_text("utf-8").split("\n") if line]
+    answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    again = wrangle.run(data, model, tokenizer, shots=shots, output=output)
+    assert again.job.computed == 0
+    assert [prediction.text for prediction in again.predictions] == ["No\u2028\x85"] * len(first.predictions)
+
+
 def test_examples_by_clusters_are_of_what_goes_wrong(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ def read_shown(file: str | Path, data: Data, wording: Wording) -> list[Shown]:
         PolicyError: a line is something else, or names no labelled example.
     """
     try:
-        lines = Path(file).read_text("utf-8").splitlines()
+        lines = Path(file).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot read the examples {str(file)!r} ({error})") from error
     by_id = {example.id: example for example in data.train or data.valid}

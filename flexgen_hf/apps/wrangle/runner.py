@@ -136,7 +136,9 @@ def run(  # noqa: PLR0913  a job is described by many things
     with _files(output) as (asked, answers):
         _write(asked, prompts(data, wording, _shown(data, wording, shots or Shots(), model, tokenizer, job)))
         report = batch.run(asked, answers, model, tokenizer, job=job, overwrite=overwrite, show_progress=show_progress)
-        lines = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
+        # a text may hold what splitlines takes for the end of a line, such as U+2028
+        with answers.open(encoding="utf-8", newline="\n") as file:
+            lines = [json.loads(line) for line in file]
     by_index = {line["index"]: line for line in lines}
     predictions = [Prediction.of(example, by_index[n], wording) for n, example in enumerate(data.test)]
     if output is not None:

@@ -38,7 +38,7 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
     name: Annotated[
         str | None,
         typer.Option(
-            help="The model in HELM's tables, `CREATOR/NAME`.", show_default="the Hub id, or huggingface/FOLDER"
+            help="The model in HELM's tables, `CREATOR/NAME`.", show_default="the Hub id, or local/FOLDER"
         ),
     ] = None,
     max_eval_instances: Annotated[

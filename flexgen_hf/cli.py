@@ -49,6 +49,7 @@ from .options import (
 from .plan_command import plan_command
 from .policy import AUTO, Compression
 from .profile_command import profile_command
+from .wrangle_command import wrangle_command
 
 __all__ = ["app", "main", "read_prompts"]
 
@@ -62,6 +63,7 @@ app = typer.Typer(
 app.command("convert")(convert_command)
 app.command("verify")(verify_command)
 app.command("batch")(batch_command)
+app.command("wrangle")(wrangle_command)
 app.command("helm")(helm_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)

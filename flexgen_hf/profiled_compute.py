@@ -47,10 +47,14 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 _FORMAT = GroupFormat(4, 64)
 
-# of a model whose products take no time
-_TINY: Mapping[str, Any] = {
-    "hidden_size": 64, "ffn_dim": 256, "num_attention_heads": 4, "vocab_size": 128, "word_embed_proj_dim": 64,
+# Of a model whose products take little time. Weights go through the processor's caches as in a large one: what the
+# engine itself looks at has to come from memory again, and takes twice as long.
+_HIDDEN = 512
+_SMALL: Mapping[str, Any] = {
+    "hidden_size": _HIDDEN, "ffn_dim": 4 * _HIDDEN, "num_attention_heads": 8, "vocab_size": 128,
+    "word_embed_proj_dim": _HIDDEN,
 }  # fmt: skip
+_LAYER_ELEMENTS = 12 * _HIDDEN**2
 _LAYERS = (2, 6)
 _BATCHES, _TOKENS = 8, 16
 
@@ -94,9 +98,12 @@ class Compute:
     def cast_products(self) -> Curve:
         """FLOP/s of products in float32 with matrices in float16, tile by tile."""
         tiles = TileCast()
-        return self._curve(
-            self._matrices(torch.float16), lambda x, weight: tiles.linear(x, weight, None), torch.float32
-        )
+        try:
+            return self._curve(
+                self._matrices(torch.float16), lambda x, weight: tiles.linear(x, weight, None), torch.float32
+            )
+        finally:
+            tiles.release()
 
     def packed_products(self) -> Curve:
         """FLOP/s of products in float32 with matrices in 4 bits, tile by tile."""
@@ -215,36 +222,43 @@ class Compute:
             points.append((size, 2 * size / self._best(functools.partial(functional.relu, x))))
         return Curve(tuple(points))
 
-    def overheads(self, folder: Path) -> Overheads:
+    def overheads(self, folder: Path, products: Mapping[str, Curve]) -> Overheads:
         """What the engine's own steps take beside products.
 
-        On tiny models, with more and fewer layers and micro-batches, and with weights that stay and weights that are
-        brought.
+        On small models, with more and fewer layers and micro-batches, with weights that stay and weights that are
+        brought, and with keys and values in 4 bits.
 
         Args:
             folder: for the models, for as long as this takes.
+            products: what `products` returned.
         """
         few, many = _LAYERS
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = {layers: _tiny_checkpoint(Path(place) / str(layers), layers) for layers in _LAYERS}
+            made = {layers: _small_checkpoint(Path(place) / str(layers), layers) for layers in _LAYERS}
             alone, block, deep = (
                 self._times(made[layers], batches, "device")
                 for layers, batches in ((few, 1), (few, _BATCHES), (many, _BATCHES))
             )
             brought, deeper = (self._times(made[layers], 1, "disk") for layers in _LAYERS)
-        layer = max(1e-6, (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES))
-        forward = max(layer / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
+            packed, more_packed = (self._times(made[layers], _BATCHES, "device", cache=4) for layers in _LAYERS)
+        layer = (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES)
+        packed_layer = (more_packed.sweep_s - packed.sweep_s) / ((many - few) * _BATCHES)
+        product = 2.0 * _LAYER_ELEMENTS / products[str(self.dtype).removeprefix("torch.")].at(1)
+        beside = max(1e-6, layer - product)
+        forward = max(beside / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
         return Overheads(
-            layer_s=layer,
+            layer_s=beside,
             stage_s=max(0.0, (deeper.compute_s - brought.compute_s) / (many - few) - layer),
             forward_s=forward,
             sweep_s=max(0.0, alone.sweep_s - few * layer - forward) + alone.between_s,
+            packed_s=max(0.0, packed_layer - layer),
         )
 
-    def _times(self, model_folder: Path, batches: int, weights: str) -> _Times:
+    def _times(self, model_folder: Path, batches: int, weights: str, cache: int | None = None) -> _Times:
         """The shortest of several of each, for a token of each of so many micro-batches of one row."""
         policy = {"weights": {weights: 1.0}, "cache": {"device": 1.0}, "hidden": {"device": 1.0}}
-        options = {"quant_method": "flexgen", "offload_folder": str(model_folder), "device": str(self._device)}
+        options: dict[str, Any] = {"quant_method": "flexgen", "offload_folder": str(model_folder)}
+        options |= {"device": str(self._device)} | ({} if cache is None else {"compression": {"cache": cache}})
         prompts = torch.ones(batches, 8, dtype=torch.long, device=self._device)
         times, until = list[_Times](), time.perf_counter() + self._seconds
         # by the way that transformers offers: what loads models lies above this
@@ -269,12 +283,14 @@ class Overheads(NamedTuple):
         stage_s: of a layer whose weights were brought, before its first micro-batch.
         forward_s: of the rest of a micro-batch's forward.
         sweep_s: of the rest of a sweep, and between two.
+        packed_s: of a layer of one micro-batch, what it takes more with keys and values in 4 bits.
     """
 
     layer_s: float
     stage_s: float
     forward_s: float
     sweep_s: float
+    packed_s: float
 
 
 class _Times(NamedTuple):
@@ -294,10 +310,10 @@ class _Times(NamedTuple):
         )
 
 
-def _tiny_checkpoint(folder: Path, layers: int) -> Path:
+def _small_checkpoint(folder: Path, layers: int) -> Path:
     from transformers import AutoModelForCausalLM, OPTConfig
 
-    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, **_TINY)
+    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, **_SMALL)
     model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     return folder

@@ -94,7 +94,7 @@ class _Measuring:
         self._said("attention and quantization")
         unpacked, packed = compute.packing()
         self._said("overheads")
-        beside = compute.overheads(self._space.folder)
+        beside = compute.overheads(self._space.folder, products)
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         how = f"measured by flexgen-hf profile on {today}, torch {torch.__version__}"
         made = Hardware(
@@ -120,6 +120,7 @@ class _Measuring:
             cast_flops=cast,
             packed_flops=tiled,
             packed_attention_elements_per_s=compute.packed_attention_elements_per_s() if direct else 0.0,
+            packed_attention_s=beside.packed_s,
             element_bytes_per_s=compute.element_bytes_per_s(),
             unified=direct,
             direct=direct,

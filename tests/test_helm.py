@@ -468,8 +468,11 @@ def test_a_client_answers_like_helms_own(tmp_path: Path) -> None:
     his = HuggingFaceClient(BlackHoleCacheConfig(), tokens, str(TINY_OPT), "</s>", apply_chat_template=False)
     mine = executing.FlexGenClient(name, str(TINY_OPT), offload_folder=str(tmp_path))
     try:
-        for fields in ({"max_tokens": 0, "echo_prompt": True}, {"max_tokens": 6, "stop_sequences": [" people"]}):
-            request = HelmRequest(model=name, prompt="the people of these States", temperature=0, **fields)  # type: ignore[arg-type]
+        asked: list[dict[str, Any]] = [
+            {"max_tokens": 0, "echo_prompt": True}, {"max_tokens": 6, "stop_sequences": [" people"]},
+        ]  # fmt: skip
+        for fields in asked:
+            request = HelmRequest(model=name, prompt="the people of these States", temperature=0, **fields)
             (ours,), (theirs,) = (client.make_request(request).completions for client in (mine, his))
             assert ours.text == theirs.text
             assert [token.text for token in ours.tokens] == [token.text for token in theirs.tokens]

@@ -34,7 +34,7 @@ ROWS = (
     {"quality", "bench", "apps", "sweep", "plots"},
     {"demo", "plan_command", "profile_command", "models_command", "options"},
     {"integrations"},
-    {"batch_command", "helm_command", "lm_eval_command"},
+    {"batch_command", "helm_command", "lm_eval_command", "wrangle_command"},
     {"cli"},
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -480,7 +480,8 @@ class PlannedRun:
         if self._attends_kept:  # products are hidden behind unpacking
             added = self.shape.cache_elements(rows * sweep.tokens)
             speed = self.hardware.packed_attention_elements_per_s or self.hardware.unpack_elements_per_s
-            return max(computed, seen / speed) + self._repacked_s(added, is_load=False)
+            beside = self.hardware.packed_attention_s + self._repacked_s(added, is_load=False)
+            return max(computed, seen / speed) + beside
         crossing = rows * sweep.tokens * self.shape.num_heads * self.shape.head_dim * self.shape.itemsize
         there, back = (self._moved_s(lane, crossing) for lane in (Lane.DEVICE_TO_HOST, Lane.HOST_TO_DEVICE))
         unpacked = self._repacked_s(seen, is_load=True) if self.casts else 0.0

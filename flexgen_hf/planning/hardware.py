@@ -104,6 +104,7 @@ class Hardware:
         packed_flops: the same with matrices in 4 bits.
         packed_attention_elements_per_s: keys and values in 4 bits that attention of single tokens goes through; 0 if
             that is not known.
+        packed_attention_s: of a layer of one micro-batch with keys and values in 4 bits, beside going through them.
         element_bytes_per_s: read and written where hidden states are gone through element by element and each result
             is put into new memory, by the bytes of a result; None if it is not known.
         cached_read: reads from the page cache, for comparison; None if it was not measured.
@@ -142,6 +143,7 @@ class Hardware:
     packed_flops: Curve | None = None
     moved_attention_bytes_per_s: float = 0.0
     packed_attention_elements_per_s: float = 0.0
+    packed_attention_s: float = 0.0
     element_bytes_per_s: Curve | None = None
     unified: bool = False
     direct: bool = False
@@ -302,7 +304,7 @@ _CURVES = (
 )  # fmt: skip
 _MAY_BE_ZERO = (
     "host_attention_bytes_per_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
-    "packed_attention_elements_per_s", "moved_attention_bytes_per_s",
+    "packed_attention_elements_per_s", "packed_attention_s", "moved_attention_bytes_per_s",
 )  # fmt: skip
 
 

@@ -152,11 +152,11 @@ def run(job: HelmJob, *, show_progress: bool = False) -> HelmReport:
     finally:
         release()
     if failed:
-        name, error = failed[0]
+        name, problem = failed[0]
         raise FlexGenError(
-            f"{len(failed)} of {len(specs)} runs failed; the first, {name}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+            f"{len(failed)} of {len(specs)} runs failed; the first, {name}: {type(problem).__name__}: "
+            f"{' '.join(str(problem).split())}"
+        ) from problem
     return HelmReport(tuple(done))
 
 

@@ -360,9 +360,7 @@ def test_a_job_that_cannot_be_meant(fields: dict[str, Any], word: str) -> None:
         helm.HelmJob(**{"descriptions": ("mmlu",), "model": "opt", **fields})
 
 
-@pytest.mark.parametrize(
-    ("model", "name"), [("a/b", "a/b"), ("gpt", "local/gpt"), ("/models/x", "local/x")]
-)
+@pytest.mark.parametrize(("model", "name"), [("a/b", "a/b"), ("gpt", "local/gpt"), ("/models/x", "local/x")])
 def test_models_are_named_as_helm_names_them(model: str, name: str) -> None:
     assert helm.HelmJob(("mmlu",), model).helm_name == name
 

@@ -37,9 +37,7 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
     model: Annotated[str, typer.Option(help="Hub id, model folder, converted store, or GGUF file.")],
     name: Annotated[
         str | None,
-        typer.Option(
-            help="The model in HELM's tables, `CREATOR/NAME`.", show_default="the Hub id, or huggingface/FOLDER"
-        ),
+        typer.Option(help="The model in HELM's tables, `CREATOR/NAME`.", show_default="the Hub id, or local/FOLDER"),
     ] = None,
     max_eval_instances: Annotated[
         int, typer.Option("--max-eval-instances", "--max-eval-instance", "-m", min=1, help="Instances of a scenario.")

@@ -314,7 +314,7 @@ def test_the_command_in_the_originals_spelling(monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(app, line.split(), catch_exceptions=False)
     (job,) = jobs
     assert job.descriptions == ("mmlu:model=text,subject=abstract_algebra,data_augmentation=canonical",)
-    assert (job.max_eval_instances, job.helm_name) == (100, "huggingface/tiny-opt")
+    assert (job.max_eval_instances, job.helm_name) == (100, "local/tiny-opt")
     policy = Policy.from_dict(job.options["policy"])
     assert policy == Policy.parse((20, 80, 0, 100, 0, 100), batch_size=48, num_batches=3)
     assert "workload" not in job.options
@@ -360,9 +360,7 @@ def test_a_job_that_cannot_be_meant(fields: dict[str, Any], word: str) -> None:
         helm.HelmJob(**{"descriptions": ("mmlu",), "model": "opt", **fields})
 
 
-@pytest.mark.parametrize(
-    ("model", "name"), [("a/b", "a/b"), ("gpt", "huggingface/gpt"), ("/models/x", "huggingface/x")]
-)
+@pytest.mark.parametrize(("model", "name"), [("a/b", "a/b"), ("gpt", "local/gpt"), ("/models/x", "local/x")])
 def test_models_are_named_as_helm_names_them(model: str, name: str) -> None:
     assert helm.HelmJob(("mmlu",), model).helm_name == name
 
@@ -415,7 +413,7 @@ def helm_run(suite: str, output: Path, description: str, client: str, arguments:
     line = f"--run-entries {description} --models-to-run huggingface/tiny-opt -m 3 --suite {suite} -n 2 --exit-on-error"
     where = ["-o", str(output), "--local-path", str(env), "--disable-cache"]
     run.helm_run(run.build_parser().parse_args([*line.split(), *where, *options]))
-    (folder,) = (output / "runs" / suite).glob(description.split(":", maxsplit=1)[0] + "*")
+    (folder,) = (output / "runs" / suite).glob(description.partition(":")[0] + "*")
     return folder
 
 

@@ -25,8 +25,8 @@ class HelmJob:
         model: Hub id, model folder, store or GGUF file.
         options: how it is loaded and how it answers, as `engine_of` takes them: JSON, because HELM keeps them with the
             deployment.
-        name: the model's name in HELM, `CREATOR/NAME`; by default the Hub id, or `huggingface/FOLDER` as HELM names
-            local models.
+        name: the model's name in HELM, `CREATOR/NAME`; by default the Hub id, or `local/FOLDER` (where HELM's files say
+            `huggingface/`, `helm-summarize` looks for the model on the Hub).
         max_eval_instances: of each scenario, at most.
         num_train_trials: draws of few-shot examples; None leaves it to the scenario.
         max_sequence_length: tokens of prompt and completion into which HELM fits prompts, by fewer examples first; None
@@ -66,7 +66,7 @@ class HelmJob:
             return self.name
         path = Path(self.model).expanduser()
         is_id = not path.exists() and self.model.count("/") == 1
-        return self.model if is_id else f"huggingface/{path.stem if path.is_file() else path.resolve().name}"
+        return self.model if is_id else f"local/{path.stem if path.is_file() else path.resolve().name}"
 
 
 @dataclasses.dataclass(frozen=True)

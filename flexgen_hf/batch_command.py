@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,9 +10,11 @@ import typer
 from .errors import FlexGenError, PolicyError
 from .options import (
     BatchSize,
+    Chat,
     CompressionText,
     DoSample,
     DtypeName,
+    LeastShared,
     MaxMemory,
     NumBatches,
     NumBeams,
@@ -28,6 +29,7 @@ from .options import (
     load_tokenizer,
     loading_options,
     read_text,
+    shows,
 )
 
 __all__ = ["batch_command"]
@@ -62,7 +64,7 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         Path | None, typer.Option(help="JSON file of such fields; options of the command override them.")
     ] = None,
     seed: Annotated[int, typer.Option(help="What is drawn for a row follows from it and the row's number.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
+    chat: Chat = False,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, in place of the model's template.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Take the end of prompts that are too long.")] = False,
     kind: Annotated[
@@ -75,9 +77,7 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
     window: Annotated[
         int | None, typer.Option(min=1, help="Rows that are read ahead and put in the order of their lengths.")
     ] = None,
-    least_shared: Annotated[
-        int, typer.Option(min=0, help="Tokens of a common beginning that is computed once; 0 shares none.")
-    ] = 32,
+    least_shared: LeastShared = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever the output holds.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Compute rows again that are errors.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for more files in the folder, until Ctrl-C.")] = False,
@@ -136,7 +136,7 @@ def batch_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
         name=model,
         loading={"dtype": dtype, "revision": revision, "compression": compression, "chat_template": template},
     )
-    shown = sys.stderr.isatty() if progress is None else progress
+    shown = shows(progress)
     if source.is_dir():
         _run_folder(source, output, load, job, shown, watch)
         return

@@ -44,6 +44,7 @@ from .options import (
     loading_options,
     read_text,
     refuse_missing_folder,
+    shows,
     write_text,
 )
 from .plan_command import plan_command
@@ -175,7 +176,7 @@ def generate(  # noqa: PLR0913, PLR0917  a command's options are its parameters
         longest = max(map(len, tokenizer(prompts)["input_ids"]))
         loading["workload"] = {"batch": len(prompts), "prompt_len": longest, "max_new_tokens": max_new_tokens}
     with load_model(model, loading) as loaded:
-        loaded.show_progress = sys.stderr.isatty() if progress is None else progress
+        loaded.show_progress = shows(progress)
         texts = _complete(loaded, tokenizer, prompts, seed, max_new_tokens=max_new_tokens, **sampling)
         if report:
             typer.echo(str(loaded.last_run), err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +9,10 @@ import typer
 
 from .options import (
     BatchSize,
+    Chat,
     CompressionText,
     DtypeName,
+    LeastShared,
     MaxMemory,
     NumBatches,
     OffloadFolder,
@@ -19,10 +20,12 @@ from .options import (
     PolicyText,
     Progress,
     Revision,
+    expanded,
     given,
     hide_loading_bar,
     load_tokenizer,
     loading_options,
+    shows,
 )
 from .policy import Policy
 
@@ -62,11 +65,9 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
     local_path: Annotated[
         Path, typer.Option(help="HELM's own configurations and credentials.", file_okay=False)
     ] = Path("prod_env"),
-    chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
+    chat: Chat = False,
     seed: Annotated[int, typer.Option(help="What is drawn follows from it and the request.")] = 0,
-    least_shared: Annotated[
-        int, typer.Option(min=0, help="Tokens of a common beginning that is computed once; 0 shares none.")
-    ] = 32,
+    least_shared: LeastShared = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Make the requests, and answer none.")] = False,
     skip_completed_runs: Annotated[
         bool, typer.Option("--skip-completed-runs", help="Leave out runs all of whose files are there.")
@@ -103,7 +104,7 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
         options["policy"] = options["policy"].to_dict()
     job = helm.HelmJob(
         descriptions=tuple(description),
-        model=str(Path(model).expanduser()) if model.startswith("~") else model,
+        model=expanded(model),
         options={**options, "chat": chat, "seed": seed, "least_shared": least_shared or None},
         dry_run=dry_run,
         skip_completed_runs=skip_completed_runs,
@@ -114,4 +115,4 @@ def helm_command(  # noqa: PLR0913, PLR0917  a command's options are its paramet
         local_path=local_path,
         **given(name=name, num_train_trials=num_train_trials),
     )
-    typer.echo(str(helm.run(job, show_progress=sys.stderr.isatty() if progress is None else progress)))
+    typer.echo(str(helm.run(job, show_progress=shows(progress))))

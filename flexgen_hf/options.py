@@ -7,6 +7,7 @@ name. What options mean to the library is said by `loading_options`; transformer
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,10 +18,10 @@ from .errors import FlexGenError, PolicyError, StoreError, UnsupportedModelError
 from .policy import AUTO, Policy
 
 __all__ = [
-    "BatchSize", "CompressionText", "DoSample", "DtypeName", "MaxMemory", "NumBatches", "NumBeams", "OffloadFolder",
-    "Percents", "PolicyText", "Progress", "Revision", "Temperature", "TopK", "TopP", "given", "hide_loading_bar",
-    "load_model", "load_tokenizer", "loading_options", "parse_max_memory", "parse_policy", "read_text",
-    "refuse_missing_folder", "write_text",
+    "BatchSize", "Chat", "CompressionText", "DoSample", "DtypeName", "LeastShared", "MaxMemory", "NumBatches",
+    "NumBeams", "OffloadFolder", "Percents", "PolicyText", "Progress", "Revision", "Temperature", "TopK", "TopP",
+    "expanded", "given", "hide_loading_bar", "load_model", "load_tokenizer", "loading_options", "parse_max_memory",
+    "parse_policy", "read_text", "refuse_missing_folder", "shows", "write_text",
 ]  # fmt: skip
 
 _SixPercents = tuple[float, float, float, float, float, float]
@@ -67,6 +68,16 @@ Progress = Annotated[
     bool | None,
     typer.Option("--progress/--no-progress", help="Show progress on stderr.", show_default="on a terminal"),
 ]
+
+Chat = Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")]
+LeastShared = Annotated[
+    int, typer.Option(min=0, help="Tokens of a common beginning that is computed once; 0 shares none.")
+]
+
+
+def shows(progress: bool | None) -> bool:
+    """What `Progress` says; where nothing was said, a bar is shown on a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -168,12 +179,12 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     refuse_missing_folder(model)
     hub_options = given(revision=revision)
     with _loading_errors(model):
-        folder, options = text.named_file(_expanded(model))
+        folder, options = text.named_file(expanded(model))
         if options:
             refuse_missing_reader()
         # first, because its errors say what is wrong; the tokenizer's would not know the model's type either
         AutoConfig.from_pretrained(folder, **options, **hub_options)
-        return text.load_tokenizer(_expanded(model), **hub_options)
+        return text.load_tokenizer(expanded(model), **hub_options)
 
 
 def load_model(model: str, options: dict[str, Any]) -> Any:
@@ -189,7 +200,7 @@ def load_model(model: str, options: dict[str, Any]) -> Any:
     refuse_missing_folder(model)
     hide_loading_bar()
     with _loading_errors(model):
-        return FlexGenForCausalLM.from_pretrained(_expanded(model), **{"dtype": dtype_of_compute(), **options})
+        return FlexGenForCausalLM.from_pretrained(expanded(model), **{"dtype": dtype_of_compute(), **options})
 
 
 def refuse_missing_folder(model: str) -> None:
@@ -203,6 +214,11 @@ def refuse_missing_folder(model: str) -> None:
         path.is_dir() or (path.suffix == ".gguf" and path.is_file())
     ):
         raise StoreError(f"no folder {model!r}; give a Hub id, a model folder, or a store made by 'flexgen-hf convert'")
+
+
+def expanded(model: str) -> str:
+    """A model's name with the home folder in place of `~`."""
+    return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def hide_loading_bar() -> None:
@@ -247,10 +263,6 @@ def _loading_errors(model: str) -> Iterator[None]:
         raise StoreError(f"cannot load {model!r}: {_one_line(error)}") from error
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedModelError(f"cannot load {model!r}: {_one_line(error)}") from error
-
-
-def _expanded(model: str) -> str:
-    return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +24,7 @@ from .options import (
     load_model,
     load_tokenizer,
     loading_options,
+    shows,
     write_text,
 )
 
@@ -141,7 +141,7 @@ def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its para
         ),
         output=output,
         overwrite=overwrite,
-        show_progress=sys.stderr.isatty() if progress is None else progress,
+        show_progress=shows(progress),
     )
     if filled is not None and data is not None:
         answers = {p.id: p.answer for p in outcome.predictions if p.answer is not None}

@@ -222,19 +222,16 @@ def _register(job: HelmJob) -> None:
             client_spec=ClientSpec(class_name=CLIENT, args={"model": job.model, **job.options}),
             model_name=job.helm_name,
             tokenizer_name=job.helm_name,
-            max_sequence_length=job.max_sequence_length or _context(job.model, tokenizer, revision),
+            max_sequence_length=job.max_sequence_length or _context(job.model, tokenizer, folder, {**gguf, **revision}),
         )
     )
 
 
-def _context(model: str, tokenizer: Any, revision: dict[str, str]) -> int:
+def _context(model: str, tokenizer: Any, folder: str, options: dict[str, str]) -> int:
     """Tokens that HELM may put into a prompt with its completion: it does not count those that the tokenizer adds."""
     from transformers import AutoConfig
 
-    from ...text import named_file
-
-    folder, gguf = named_file(model)
-    config = AutoConfig.from_pretrained(folder, **gguf, **revision).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(folder, **options).get_text_config(decoder=True)
     known = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     longest = min((length for length in known if length and length < 10**9), default=None)
     if longest is None:

@@ -17,12 +17,13 @@ from typing import Any
 from .errors import CapacityError, PolicyError
 from .placing import Placing
 from .planning.budget import Call, Limit, fits, rings_of
-from .planning.cost import Known, Workload
 from .planning.hardware import Hardware
+from .planning.placed import Known
 from .planning.plan import Freedom, Plan
 from .planning.presets import hardware_of
 from .planning.search import Planner
 from .planning.shape import ModelShape
+from .planning.workload import Workload
 from .policy import Compression, Policy, Tier
 
 __all__ = ["DEFAULT_WORKLOAD", "AutoPolicy", "choices_of", "read_hardware", "read_workload", "unbounded"]

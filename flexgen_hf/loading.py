@@ -43,11 +43,11 @@ from .families import is_tested
 from .modeling import attach, say
 from .placing import Placing, what_fits
 from .planning.budget import Limit, rings_of
-from .planning.cost import Workload
 from .planning.hardware import Hardware
 from .planning.plan import Freedom
 from .planning.search import Planner
 from .planning.shape import ModelShape
+from .planning.workload import Workload
 from .policy import AUTO, Compression, Policy, Tier
 from .prequantized import METHOD, dequantizer, method_of
 from .profile_cache import hardware_here

@@ -37,10 +37,10 @@ from .kv_cache import BlockCache, OpenBlock, Span, spans_of
 from .microbatches import by_name, flat, may_be_cut, merged, part_of, prompt_tokens, row_inputs, wants
 from .padding import back_in_order, common_padding, in_order, longest_first, without_padding
 from .planning.budget import Demand, rings_of
-from .planning.cost import Workload
 from .planning.hardware import Hardware
 from .planning.placement import assign
 from .planning.plan import Plan
+from .planning.workload import Workload
 from .policy import Compression, Policy
 from .progress import Progress
 from .report import RunReport

@@ -74,7 +74,7 @@ class Placing:
         """
         space, tensors = self.within(rings), self.tensors
         fixed = {t.name: Tier.DEVICE for t in tensors if not self._moves(t)}
-        homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed)
+        homes = assign([(t.name, t.stored_bytes) for t in tensors], placement, fixed, first=list(self._tables))
         if space.is_direct:
             late = self._late(one_batch=one_batch)
             tensors = [_cast_late(tensor, homes) if tensor.name in late else tensor for tensor in tensors]
@@ -118,6 +118,7 @@ class Placing:
                 moves=self._moves(tensor),
                 is_matrix=tensor.name in late,
                 expert=tensor.expert,
+                is_table=tensor.name in self._tables,
             )
             for tensor in _at_tables(self.tensors, self._tables)
         )

@@ -13,13 +13,14 @@ from . import plots
 from .bench.shapes import SHAPES, is_shape, shape_fields
 from .bench.sizes import parse_max_memory
 from .errors import PolicyError, StoreError
-from .planning.cost import Prediction, Workload
+from .planning.cost import Prediction
 from .planning.hardware import Hardware
 from .planning.original import PUBLISHED, Comparison, compare
 from .planning.plan import OBJECTIVES, Freedom, Plan
 from .planning.presets import hardware_of, preset
 from .planning.search import Planner, compressions_of
 from .planning.shape import ModelShape, read_config
+from .planning.workload import Workload
 from .policy import Policy, Tier
 
 __all__ = ["plan_command", "shape_of_model"]

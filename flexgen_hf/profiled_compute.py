@@ -55,6 +55,7 @@ _SMALL: Mapping[str, Any] = {
     "word_embed_proj_dim": _HIDDEN,
 }  # fmt: skip
 _LAYER_ELEMENTS = 12 * _HIDDEN**2
+_LAYER_MATRICES = 6
 _LAYERS = (2, 6)
 _BATCHES, _TOKENS = 8, 16
 
@@ -222,15 +223,16 @@ class Compute:
             points.append((size, 2 * size / self._best(functools.partial(functional.relu, x))))
         return Curve(tuple(points))
 
-    def overheads(self, folder: Path, products: Mapping[str, Curve]) -> Overheads:
+    def overheads(self, folder: Path, products: Mapping[str, Curve], cast_products: Curve | None) -> Overheads:
         """What the engine's own steps take beside products.
 
-        On small models, with more and fewer layers and micro-batches, with weights that stay and weights that are
-        brought, and with keys and values in 4 bits.
+        On small models, with more and fewer layers and micro-batches, with weights that stay, that are brought and that
+        are cast where they are used, and with keys and values in 4 bits.
 
         Args:
             folder: for the models, for as long as this takes.
             products: what `products` returned.
+            cast_products: what that method returned; None where no tiles are cast.
         """
         few, many = _LAYERS
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -241,10 +243,12 @@ class Compute:
             )
             brought, deeper = (self._times(made[layers], 1, "disk") for layers in _LAYERS)
             packed, more_packed = (self._times(made[layers], _BATCHES, "device", cache=4) for layers in _LAYERS)
+            tiled_layer = 0.0 if cast_products is None else self._tiled_layer_s(Path(place))
         layer = (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES)
         packed_layer = (more_packed.sweep_s - packed.sweep_s) / ((many - few) * _BATCHES)
         product = 2.0 * _LAYER_ELEMENTS / products[str(self.dtype).removeprefix("torch.")].at(1)
         beside = max(1e-6, layer - product)
+        tiled_product = 0.0 if cast_products is None else 2.0 * _LAYER_ELEMENTS / cast_products.at(1)
         forward = max(beside / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
         return Overheads(
             layer_s=beside,
@@ -252,7 +256,16 @@ class Compute:
             forward_s=forward,
             sweep_s=max(0.0, alone.sweep_s - few * layer - forward) + alone.between_s,
             packed_s=max(0.0, packed_layer - layer),
+            tile_s=max(0.0, tiled_layer - beside - tiled_product) / _LAYER_MATRICES,
         )
+
+    def _tiled_layer_s(self, folder: Path) -> float:
+        """Seconds of a small model's layer whose matrices are cast where they are used."""
+        few, many = (
+            self._times(_small_checkpoint(folder / f"{layers}-half", layers, torch.float16), 1, "host").sweep_s
+            for layers in _LAYERS
+        )
+        return (many - few) / (_LAYERS[1] - _LAYERS[0])
 
     def _times(self, model_folder: Path, batches: int, weights: str, cache: int | None = None) -> _Times:
         """The shortest of several of each, for a token of each of so many micro-batches of one row."""
@@ -284,6 +297,7 @@ class Overheads(NamedTuple):
         forward_s: of the rest of a micro-batch's forward.
         sweep_s: of the rest of a sweep, and between two.
         packed_s: of a layer of one micro-batch, what it takes more with keys and values in 4 bits.
+        tile_s: of a product with a matrix that is cast tile by tile.
     """
 
     layer_s: float
@@ -291,6 +305,7 @@ class Overheads(NamedTuple):
     forward_s: float
     sweep_s: float
     packed_s: float
+    tile_s: float
 
 
 class _Times(NamedTuple):
@@ -310,10 +325,10 @@ class _Times(NamedTuple):
         )
 
 
-def _small_checkpoint(folder: Path, layers: int) -> Path:
+def _small_checkpoint(folder: Path, layers: int, dtype: torch.dtype = torch.float32) -> Path:
     from transformers import AutoModelForCausalLM, OPTConfig
 
     config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, **_SMALL)
     model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     return folder

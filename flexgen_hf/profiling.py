@@ -94,7 +94,7 @@ class _Measuring:
         self._said("attention and quantization")
         unpacked, packed = compute.packing()
         self._said("overheads")
-        beside = compute.overheads(self._space.folder, products)
+        beside = compute.overheads(self._space.folder, products, cast)
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         how = f"measured by flexgen-hf profile on {today}, torch {torch.__version__}"
         made = Hardware(
@@ -128,6 +128,7 @@ class _Measuring:
             compute_s=beside.layer_s,
             stage_s=beside.stage_s,
             forward_s=beside.forward_s,
+            tile_s=beside.tile_s,
             sweep_s=beside.sweep_s,
             cores=_cores() if direct else 0,
             threads=torch.get_num_threads(),

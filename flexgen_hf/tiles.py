@@ -74,7 +74,10 @@ class _Tiles:
         return out
 
     def _share(self, work: Callable[[int], None], threads: int) -> None:
-        """Runs all shares, several in threads of this object, which see the caller's mode: it belongs to a thread."""
+        """Runs all shares: the first here, others in threads of this object.
+
+        These see the caller's mode: it belongs to a thread.
+        """
         if threads == 1:
             work(0)
             return
@@ -84,8 +87,15 @@ class _Tiles:
             with torch.inference_mode() if is_inference else torch.no_grad():
                 work(number)
 
-        list(self._started_pool(threads).map(alike, range(threads)))
-        torch.set_num_threads(given)  # torch gives the last number set to threads that come later
+        others = [self._started_pool(threads - 1).submit(alike, number) for number in range(1, threads)]
+        torch.set_num_threads(1)
+        try:
+            work(0)
+        finally:
+            concurrent.futures.wait(others)
+            torch.set_num_threads(given)
+        for other in others:
+            other.result()
 
     @staticmethod
     def _threads(count: int, row_bytes: int) -> int:
@@ -103,6 +113,7 @@ class _Tiles:
         if self._pool is None or self._pool._max_workers != threads:
             self.release()
             self._pool = concurrent.futures.ThreadPoolExecutor(threads, "flexgen-tiles", _alone)
+            self._pool.submit(_let_others_sleep).result()
         return self._pool
 
 
@@ -182,4 +193,16 @@ def _at_least(held: Tensor | None, size: int, like: Tensor) -> Tensor:
 def _alone() -> None:
     """One thread for torch's arithmetic in this one."""
     torch.get_num_threads()  # a thread that never asked would be given the number anew, and forget this one
+    torch.set_num_threads(1)
+
+
+def _let_others_sleep() -> None:
+    """Has torch's own threads go to sleep soon after their work, as long as this thread lives.
+
+    GNU's OpenMP lets threads spin for milliseconds when they wait for more to do: longer than a product takes, on the
+    cores that this module's threads need. Where there are more of them than processors, they spin a thousandth of that
+    (`GOMP_SPINCOUNT` in its manual). So this thread has a team too, which does nothing after this.
+    """
+    torch.set_num_threads(2)
+    torch.zeros(_SHARED_BYTES).relu_()  # large enough for torch to share it
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -126,11 +126,14 @@ def wrangle_command(  # noqa: PLR0913, PLR0917  a command's options are its para
         dtype=dtype,
         revision=revision,
     )
-    tokenizer = load_tokenizer(model, revision=revision)
+
+    def load() -> tuple[Any, Any]:
+        tokenizer = load_tokenizer(model, revision=revision)  # at once, while a model takes its time
+        return load_model(model, loading), tokenizer
+
     outcome = wrangle.run(
         dataset,
-        load_model(model, loading),
-        tokenizer,
+        load,
         wording=wording,
         shots=chosen,
         job=batch.Job(

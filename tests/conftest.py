@@ -1,8 +1,9 @@
-"""Shared fixtures: a tiny random checkpoint, the model that transformers makes of it, and ragged prompts."""
+"""Shared fixtures: tiny checkpoints, random and trained, what transformers and we make of them, ragged prompts."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import hypothesis
 import pytest
 import torch
 
+from flexgen_hf import Policy
 from flexgen_hf.bench import emulated
+from flexgen_hf.text import load_tokenizer
 
 from .checkpoints import opt_config
-from .comparison import load_plain, ragged, save_tiny
+from .comparison import load_ours, load_plain, ragged, save_tiny
+from .trained import TINY_OPT
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all their processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -51,3 +55,23 @@ def device(request: pytest.FixtureRequest) -> str:
 def prompts() -> dict[str, Any]:
     """Seven distinct, ragged, left-padded prompts."""
     return ragged()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Of the trained tiny OPT."""
+    return load_tokenizer(str(TINY_OPT))
+
+
+@pytest.fixture(scope="session")
+def plain() -> Any:
+    """What transformers makes of the trained tiny OPT."""
+    return load_plain(TINY_OPT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What we make of the trained tiny OPT, in blocks of two micro-batches of three rows."""
+    folder = tmp_path_factory.mktemp("offload")
+    with load_ours(TINY_OPT, Policy(batch_size=3, num_batches=2), dtype=torch.float32, offload_folder=folder) as loaded:
+        yield loaded

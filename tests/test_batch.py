@@ -6,7 +6,6 @@ import csv
 import errno
 import itertools
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexgen_hf import CapacityError, FlexGenError, Policy, PolicyError, StoreError, demo
+from flexgen_hf import CapacityError, FlexGenError, PolicyError, StoreError
 from flexgen_hf.apps import batch
 from flexgen_hf.apps.batch import inputs, openai
 from flexgen_hf.apps.batch.journal import Journal
@@ -25,35 +24,10 @@ from flexgen_hf.apps.batch.requests import seed_of
 from flexgen_hf.cli import app
 from flexgen_hf.text import load_tokenizer
 
-from .comparison import load_ours, load_plain
+from .trained import TINY_OPT, sentences
 
-TINY_OPT = Path(demo.__file__).parent / "assets" / "tiny-opt"
 ROOT = Path(__file__).parent.parent
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-WORDS = "the people of these United States have in every year made peace with all nations".split()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(str(TINY_OPT))
-
-
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    return load_plain(TINY_OPT, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("offload")
-    policy = Policy(batch_size=3, num_batches=2)
-    with load_ours(TINY_OPT, policy, dtype=torch.float32, offload_folder=folder) as loaded:
-        yield loaded
-
-
-def prompts(count: int, seed: int = 0) -> list[str]:
-    draw = random.Random(seed)  # noqa: S311  the same prompts in every run
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 9))) for _ in range(count)]
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> Path:
@@ -78,7 +52,7 @@ def alone(plain: Any, tokenizer: Any, prompt: str, seed: int | None = None, **op
 
 # ----------------------------------------------------------------------------------------------------------- the texts
 def test_a_file_of_prompts_becomes_a_file_of_texts(tmp_path: Path, model: Any, tokenizer: Any, plain: Any) -> None:
-    asked = prompts(14)
+    asked = sentences(14)
     source = write_lines(
         tmp_path / "in.jsonl", [{"prompt": prompt, "id": f"row-{n}"} for n, prompt in enumerate(asked)]
     )
@@ -92,7 +66,7 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(tmp_path: Path, model: Any, t
 
 
 def test_a_row_draws_the_same_in_any_block(tmp_path: Path, model: Any, tokenizer: Any, plain: Any) -> None:
-    asked = prompts(9)
+    asked = sentences(9)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.4, "max_new_tokens": 8}
     prompting = batch.Prompting(seed=11)
     texts = {}
@@ -274,7 +248,7 @@ def test_a_long_input_is_read_as_it_is_needed(model: Any, tokenizer: Any) -> Non
         nonlocal read
         while True:
             read += 1
-            yield WORDS[read % len(WORDS)]
+            yield f"the people of {read}"
 
     results = batch.texts(endless(), model, tokenizer, options={"max_new_tokens": 1}, window=8)
     assert [result.error for result in itertools.islice(results, 30)] == [None] * 30
@@ -401,7 +375,7 @@ print(report.computed)
 
 def test_killed_at_random_moments_and_started_again(tmp_path: Path) -> None:
     """The children are forked from a process that has the model, so that they are killed at work, not in imports."""
-    source = write_lines(tmp_path / "in.jsonl", [*prompts(120), {"nothing": 1}, *prompts(20, seed=1)])
+    source = write_lines(tmp_path / "in.jsonl", [*sentences(120), {"nothing": 1}, *sentences(20, seed=1)])
     computed = []
     for name, kills in (("undisturbed", 0), ("killed", 20)):
         arguments = [TINY_OPT, source, tmp_path / f"{name}.jsonl", tmp_path, kills]
@@ -445,7 +419,7 @@ def test_a_folder_is_a_queue(tmp_path: Path, model: Any, tokenizer: Any) -> None
 
 
 def test_the_command(tmp_path: Path, tokenizer: Any, plain: Any) -> None:
-    asked = prompts(5)
+    asked = sentences(5)
     (tmp_path / "in.txt").write_text("\n".join(asked))
     config = tmp_path / "g.json"
     config.write_text(json.dumps({"do_sample": True, "repetition_penalty": 1.5, "transformers_version": "5"}))
@@ -485,7 +459,7 @@ def test_what_the_command_refuses(tmp_path: Path, arguments: list[str], message:
 
 
 def test_the_bar_shows_rows_and_speed(tmp_path: Path, model: Any, tokenizer: Any, capfd: Any) -> None:
-    source = write_lines(tmp_path / "in.jsonl", prompts(7))
+    source = write_lines(tmp_path / "in.jsonl", sentences(7))
     batch.run(source, tmp_path / "out.jsonl", model, tokenizer, options=GREEDY, show_progress=True)
     shown = capfd.readouterr().err
     assert "7/7" in shown

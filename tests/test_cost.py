@@ -15,12 +15,13 @@ from transformers import AutoConfig, LlamaConfig, MixtralConfig, OPTConfig
 from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
 from flexgen_hf.bench.shapes import shape_fields, write_random_checkpoint
 from flexgen_hf.planning.budget import PINNED_BYTES
-from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
+from flexgen_hf.planning.cost import PlannedRun, predict
 from flexgen_hf.planning.hardware import Hardware, constant
 from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.schedule import Lane, What
 from flexgen_hf.planning.shape import ModelShape, read_config
 from flexgen_hf.planning.simulate import every_sweep, steps_of
+from flexgen_hf.planning.workload import Sweep, Workload
 
 from .comparison import save_tiny
 from .test_families import FAMILIES
@@ -195,6 +196,13 @@ def test_tiles_cost_what_was_measured_of_them() -> None:
     assert packed.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == pytest.approx(flops / 1e9 + around, rel=0.01)
     assert cast.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == pytest.approx(flops / 2e9 + around, rel=0.01)
     assert cast.head_s() == pytest.approx(2 * 8 * 2048 * 50272 / 2e9, rel=0.01)
+    slow = dataclasses.replace(tiled, tile_s=1.0)
+    for policy, made in ((packed.policy, packed), (cast.policy, cast)):
+        other = PlannedRun(shape, slow, policy, Workload(128, 32))
+        assert other.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) - made.layer_s(1, 8, Tier.HOST, Sweep(1, 1)) == (
+            pytest.approx(6, rel=0.01)
+        )
+        assert other.head_s() - made.head_s() == pytest.approx(1)
 
 
 def test_a_speed_that_is_not_known_is_refused() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexgen_hf import FlexGenError, Policy, PolicyError, StoreError, UnsupportedModelError, demo
+from flexgen_hf import FlexGenError, Policy, PolicyError, StoreError, UnsupportedModelError
 from flexgen_hf.apps import helm
 from flexgen_hf.apps.helm import executing
 from flexgen_hf.apps.helm.requests import StopAtText, digest_of, read
 from flexgen_hf.cli import app
 from flexgen_hf.continuous.texts import TextRequest
-from flexgen_hf.text import load_tokenizer
 
-from .comparison import load_ours, load_plain
-
-TINY_OPT = Path(demo.__file__).parent / "assets" / "tiny-opt"
-WORDS = "the people of these United States have in every year made peace with all nations".split()
+from .trained import TINY_OPT, sentences
 
 needs_helm = pytest.mark.skipif(
     importlib.util.find_spec("helm") is None, reason="HELM is not installed (pip install '.[helm]')"
@@ -54,31 +48,8 @@ class Request:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(str(TINY_OPT))
-
-
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    return load_plain(TINY_OPT, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("offload")
-    policy = Policy(batch_size=3, num_batches=2)
-    with load_ours(TINY_OPT, policy, dtype=torch.float32, offload_folder=folder) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
 def engine(model: Any, tokenizer: Any) -> helm.Engine:
     return helm.Engine(model, tokenizer)
-
-
-def prompts(count: int, seed: int = 0) -> list[str]:
-    draw = random.Random(seed)  # noqa: S311  the same prompts in every run
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 9))) for _ in range(count)]
 
 
 def alone(plain: Any, tokenizer: Any, prompt: str, seed: int = 0, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +75,7 @@ def alone(plain: Any, tokenizer: Any, prompt: str, seed: int = 0, **options: Any
 def test_log_probabilities_are_those_of_the_models_logits(
     model: Any, plain: Any, tokenizer: Any, options: dict[str, Any]
 ) -> None:
-    texts = prompts(8)
+    texts = sentences(8)
     asked = [
         TextRequest(tokenizer(text)["input_ids"], {**options, "pad_token_id": 1}, 50 + number, number, log_probs=True)
         for number, text in enumerate(texts)
@@ -194,7 +165,7 @@ def test_a_stop_string_is_looked_for_behind_the_prompt_only(tokenizer: Any) -> N
 
 # ----------------------------------------------------------------------------------------------------- what is answered
 def test_requests_of_all_kinds_are_answered_together(engine: helm.Engine, plain: Any, tokenizer: Any) -> None:
-    texts = prompts(9)
+    texts = sentences(9)
     requests = [
         Request(
             text,
@@ -247,7 +218,7 @@ def test_rows_that_end_before_others_have_no_padding(engine: helm.Engine) -> Non
 
 
 def test_the_prompt_is_echoed_with_how_likely_it_is(engine: helm.Engine, plain: Any, tokenizer: Any) -> None:
-    requests = [Request(text, temperature=0, max_tokens=0, echo_prompt=True) for text in (*prompts(5), "the")]
+    requests = [Request(text, temperature=0, max_tokens=0, echo_prompt=True) for text in (*sentences(5), "the")]
     requests.append(dataclasses.replace(requests[0], max_tokens=3))
     for request, answer in zip(requests, engine.answer(requests), strict=True):
         ids = tokenizer(request.prompt, return_tensors="pt")["input_ids"]

@@ -112,6 +112,16 @@ class TestAssign:
         homes = assign([("norms", 2), ("matrix", 100)], Placement(host=1.0), {"norms": Tier.DEVICE})
         assert homes == {"norms": Tier.DEVICE, "matrix": Tier.HOST}
 
+    def test_what_comes_first_goes_to_the_fastest_share_that_can_take_it_whole(self):
+        sizes = [*((f"matrix{i}", 100) for i in range(8)), ("embedding", 150), ("head", 150)]
+        halves = Placement(device=0.5, disk=0.5)
+        homes = assign(sizes, halves, first=["embedding", "head"])
+        assert (homes["embedding"], homes["head"]) == (Tier.DEVICE, Tier.DEVICE)
+        assert realised(sizes, homes)[Tier.DEVICE] in (500, 600)
+        assert assign(sizes, halves)["head"] is Tier.DISK
+        small = assign(sizes, Placement(device=0.2, host=0.2, disk=0.6), first=["embedding", "head"])
+        assert (small["embedding"], small["head"]) == (Tier.DEVICE, Tier.HOST)
+
     def test_what_is_streamed_is_spread_evenly_over_the_layers(self):
         sizes = SHAPES["opt-30b"]
         homes = assign(sizes, Placement(device=0.2, host=0.8))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from flexgen_hf import CapacityError, Compression, FlexGenError, Placement, Policy, PolicyError, Tier
 from flexgen_hf.bench.shapes import SHAPES, shape_fields
 from flexgen_hf.cli import app
-from flexgen_hf.planning.cost import PlannedRun, Workload, predict
+from flexgen_hf.planning.cost import PlannedRun, predict
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.layout import _Unit
 from flexgen_hf.planning.original import PUBLISHED
@@ -25,6 +25,7 @@ from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.search import Freedom, Planner, plan
 from flexgen_hf.planning.shape import ModelShape
 from flexgen_hf.planning.simulate import simulate
+from flexgen_hf.planning.workload import Workload
 
 from .tiny import batch, greedy, load, write_tiny_opt
 

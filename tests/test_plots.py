@@ -17,13 +17,14 @@ from flexgen_hf import Compression, FlexGenError, Policy, PolicyError, RunReport
 from flexgen_hf.cli import app
 from flexgen_hf.planning.bars import Bar, bars_of, busy_s, cut, joined, shares, steady
 from flexgen_hf.planning.blocks import blocks_of
-from flexgen_hf.planning.cost import PlannedRun, Sweep, Workload, predict
+from flexgen_hf.planning.cost import PlannedRun, predict
 from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.roofline import DEVICE_MEMORY, HOST_MEMORY, roofline
 from flexgen_hf.planning.schedule import Lane, StepId, What
 from flexgen_hf.planning.search import Planner
 from flexgen_hf.planning.shape import ModelShape
 from flexgen_hf.planning.simulate import play, simulate
+from flexgen_hf.planning.workload import Sweep, Workload
 from flexgen_hf.plots import FILE_TYPES, check_file, draw_blocks, draw_lanes, draw_plan, draw_roofline, save
 
 from .tiny import batch, greedy, load, write_tiny_opt

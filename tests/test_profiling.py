@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from flexgen_hf import PolicyError, StoreError, profiled_compute, profiling
 from flexgen_hf.cli import app
-from flexgen_hf.planning.cost import Workload
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.search import plan
 from flexgen_hf.planning.shape import ModelShape
+from flexgen_hf.planning.workload import Workload
 
 from .test_hardware import NUMBERS
 from .test_planner import SMALL

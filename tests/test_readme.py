@@ -13,10 +13,10 @@ import typer.main
 from flexgen_hf import Policy, cli
 from flexgen_hf.bench.shapes import shape_fields
 from flexgen_hf.models_command import families, families_table
-from flexgen_hf.planning.cost import Workload
 from flexgen_hf.planning.presets import preset
 from flexgen_hf.planning.search import Planner
 from flexgen_hf.planning.shape import ModelShape
+from flexgen_hf.planning.workload import Workload
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

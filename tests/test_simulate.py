@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 
 from flexgen_hf import Compression, Policy, Tier
 from flexgen_hf.bench.shapes import shape_fields
-from flexgen_hf.planning.cost import Known, PlannedRun, Prediction, Sweep, Workload, predict
+from flexgen_hf.planning.cost import PlannedRun, Prediction, predict
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.layout import Piece, PlannedTensor
+from flexgen_hf.planning.placed import Known
 from flexgen_hf.planning.presets import PRESETS, preset
 from flexgen_hf.planning.schedule import Lane, Step, StepId, What
 from flexgen_hf.planning.shape import ModelShape, read_config
 from flexgen_hf.planning.simulate import Clock, Event, SharingClock, every_sweep, play, simulate, steps_of
+from flexgen_hf.planning.workload import Sweep, Workload
 from flexgen_hf.weights.tensors import StoredTensor
 
 from .test_budget import placements
@@ -92,7 +94,8 @@ def planned(model: Any, checkpoint: Path, hardware: Hardware, workload: Workload
 
 def _planned_tensor(model: Any, tensor: StoredTensor) -> PlannedTensor:
     structure = model._executor.structure
-    moves = 0 < tensor.stage < structure.head_stage or tensor.name in structure.tables({tensor.name})
+    is_table = tensor.name in structure.tables({tensor.name})
+    moves = 0 < tensor.stage < structure.head_stage or is_table
     elements = tensor.stored_bytes // tensor.stored_dtype.itemsize
     return PlannedTensor(
         stage=tensor.stage,
@@ -102,6 +105,7 @@ def _planned_tensor(model: Any, tensor: StoredTensor) -> PlannedTensor:
         is_cast=tensor.is_cast or tensor.is_late,
         moves=moves,
         is_matrix=len(tensor.extent.shape) == 2 and (moves or tensor.is_late),
+        is_table=is_table,
     )
 
 

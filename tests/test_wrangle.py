@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexgen_hf import Policy, PolicyError, StoreError, demo
+from flexgen_hf import PolicyError, StoreError
 from flexgen_hf.apps import batch, wrangle
 from flexgen_hf.apps.wrangle import choosing
 from flexgen_hf.apps.wrangle.examples import apportioned
 from flexgen_hf.cli import app
-from flexgen_hf.text import load_tokenizer
 
-from .comparison import load_ours, load_plain
+from .comparison import load_plain
+from .trained import TINY_OPT
 
-TINY_OPT = Path(demo.__file__).parent / "assets" / "tiny-opt"
 # The tiny model makes speeches: behind a question it begins a new line, behind this it goes on.
 SPOKEN = "The {column} of the"
 CITIES = ("Bergen", "Oslo", "Turku", "Narva", "Vilnius", "Riga")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(str(TINY_OPT))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("offload")
-    with load_ours(TINY_OPT, Policy(batch_size=3, num_batches=2), dtype=torch.float32, offload_folder=folder) as loaded:
-        yield loaded
 
 
 def write_csv(path: Path, header: str, *rows: Sequence[Any]) -> Path:
@@ -458,6 +445,14 @@ def test_a_job_goes_on_where_it_was(tmp_path: Path, model: Any, tokenizer: Any) 
     second = wrangle.run(data, model, tokenizer, shots=wrangle.Shots(2), output=output)
     assert (first.job.computed, second.job.computed) == (len(data.test), len(data.test) - 10)
     assert output.read_text() == written
+
+    def load() -> Any:
+        raise AssertionError("all answers are there")
+
+    named = batch.Job(name=model.config.name_or_path)
+    third = wrangle.run(data, load, shots=wrangle.Shots(2), output=output, job=named)
+    assert third.job.computed == 0
+    assert output.read_text() == written
     with pytest.raises(StoreError, match="is not the one that"):
         wrangle.run(data, model, tokenizer, shots=wrangle.Shots(3), output=output)
     wrangle.run(data, model, tokenizer, shots=wrangle.Shots(3), output=output, overwrite=True)
@@ -477,6 +472,19 @@ def test_only_line_feeds_part_the_lines_of_files(tmp_path: Path, model: Any, tok
     again = wrangle.run(data, model, tokenizer, shots=shots, output=output)
     assert again.job.computed == 0
     assert [prediction.text for prediction in again.predictions] == ["No\u2028\x85"] * len(first.predictions)
+
+
+def test_a_model_that_is_loaded_late_is_loaded_once(model: Any, tokenizer: Any) -> None:
+    loaded = []
+
+    def load() -> Any:
+        loaded.append(model)
+        return model, tokenizer
+
+    data, shots = decisions(40), wrangle.Shots(2, "clusters")
+    late = wrangle.run(data, load, shots=shots)
+    assert loaded == [model]
+    assert late.predictions == wrangle.run(data, model, tokenizer, shots=shots).predictions
 
 
 def test_examples_by_clusters_are_of_what_goes_wrong(

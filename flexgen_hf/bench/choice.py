@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import PolicyError
-from ..planning.cost import Workload as Planned
 from ..planning.hardware import Hardware
 from ..planning.plan import Freedom, Plan
 from ..planning.search import Planner
+from ..planning.workload import Workload as Planned
 from ..policy import Tier
 from .limits import Limits
 from .systems import Job

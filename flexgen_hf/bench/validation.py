@@ -19,11 +19,11 @@ from typing import Any
 from ..errors import CapacityError, FlexGenError
 from ..planning.budget import fits
 from ..planning.cost import PlannedRun, limits_of, predict
-from ..planning.cost import Workload as Planned
 from ..planning.hardware import Hardware
 from ..planning.search import COMPRESSIONS, Freedom, Planner, prediction_to_dict
 from ..planning.shape import ModelShape, read_config
 from ..planning.simulate import simulate
+from ..planning.workload import Workload as Planned
 from ..policy import Compression, Placement, Policy, Tier
 from .limits import Limits
 from .quantized import quantized_store

@@ -9,9 +9,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import FlexGenError, PolicyError
-from .cost import PlannedRun, Sweep
+from .cost import PlannedRun
 from .schedule import Lane, StepId, What
 from .simulate import Timeline, play
+from .workload import Sweep
 
 __all__ = ["Bar", "Recorded", "Window", "bars_of", "busy_s", "cut", "joined", "shares", "steady"]
 

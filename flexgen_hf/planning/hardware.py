@@ -102,6 +102,7 @@ class Hardware:
         pack_elements_per_s: elements that are packed into 4 bits there.
         cast_flops: products in 32 bit with 16-bit matrices, cast tile by tile for it, by rows; None if it is not known.
         packed_flops: the same with matrices in 4 bits.
+        tile_s: of such a product, beside what these say; 0 if that is not known.
         packed_attention_elements_per_s: keys and values in 4 bits that attention of single tokens goes through; 0 if
             that is not known.
         packed_attention_s: of a layer of one micro-batch with keys and values in 4 bits, beside going through them.
@@ -141,6 +142,7 @@ class Hardware:
     pack_elements_per_s: float
     cast_flops: Curve | None = None
     packed_flops: Curve | None = None
+    tile_s: float = 0.0
     moved_attention_bytes_per_s: float = 0.0
     packed_attention_elements_per_s: float = 0.0
     packed_attention_s: float = 0.0
@@ -303,7 +305,7 @@ _CURVES = (
     "cast_flops", "packed_flops", "element_bytes_per_s",
 )  # fmt: skip
 _MAY_BE_ZERO = (
-    "host_attention_bytes_per_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
+    "host_attention_bytes_per_s", "tile_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
     "packed_attention_elements_per_s", "packed_attention_s", "moved_attention_bytes_per_s",
 )  # fmt: skip
 

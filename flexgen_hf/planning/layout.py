@@ -64,6 +64,7 @@ class PlannedTensor:
         is_matrix: it can be cast where it is multiplied.
         is_late: it is multiplied from its codes, and never unpacked as a whole.
         expert: the expert of its layer that it belongs to; -1 if to none. Each moves by itself.
+        is_table: it is a table of the vocabulary: if it is streamed, then through a buffer that nothing else uses.
     """
 
     stage: int
@@ -76,6 +77,7 @@ class PlannedTensor:
     is_matrix: bool = True
     is_late: bool = False
     expert: int = -1
+    is_table: bool = False
 
     @property
     def resident_bytes(self) -> int:
@@ -151,6 +153,11 @@ class Tensors(tuple[PlannedTensor, ...]):  # noqa: SLOT001  what is found once i
         return sizes
 
     @functools.cached_property
+    def tables(self) -> list[int]:
+        """Places of the tables of the vocabulary, the embedding's first."""
+        return sorted((n for n, tensor in enumerate(self) if tensor.is_table), key=lambda n: self[n].stage)
+
+    @functools.cached_property
     def sparse(self) -> frozenset[int]:
         """Stages with experts."""
         return frozenset(tensor.stage for tensor in self if tensor.expert >= 0)
@@ -184,7 +191,9 @@ def tensors_of(shape: ModelShape, compression: Compression) -> Tensors:
 def _outer(shape: ModelShape, tensor: TensorShape, head: int) -> PlannedTensor:
     is_table = tensor.kind == "table"
     stage = head if tensor.part == "head" else 0
-    return dataclasses.replace(_plain(shape, tensor), stage=stage, moves=is_table, is_matrix=is_table)
+    return dataclasses.replace(
+        _plain(shape, tensor), stage=stage, moves=is_table, is_matrix=is_table, is_table=is_table
+    )
 
 
 def _layer(shape: ModelShape, layer: LayerShape, compression: Compression) -> list[PlannedTensor]:
@@ -414,7 +423,7 @@ class WeightLayout:
         """What loading takes of each tier: homes, slots and staging."""
         units = list(self._units)
         tensors = [tensor for unit in units for tensor, _ in unit.members]
-        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *([] if self._exact else self._rounding())]
+        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *([] if self._exact else self._rounding(rings))]
         for size, alike in (
             (rings.layers, [unit for unit in units if not unit.is_outer and not unit.is_expert]),
             (rings.outer, [unit for unit in units if unit.is_outer]),
@@ -435,11 +444,14 @@ class WeightLayout:
         needs.append(Need(Tier.DEVICE, resident, "weights"))
         return [need for need in needs if need.nbytes]
 
-    def _rounding(self) -> Iterator[Need]:
+    def _rounding(self, rings: Rings) -> Iterator[Need]:
         """Of a model that is known by its configuration, vectors are counted together; each may go another way.
 
-        Where experts are apart, little is left of a layer, and a vector may begin a page of its own on the host.
+        Where experts are apart, little is left of a layer, and a vector may begin a page of its own on the host. And
+        matrices of one size lie in files in another order: what is read of a layer may be in one run more.
         """
+        if any(unit.read_in_place for unit in self._units if not unit.is_outer and not unit.is_expert):
+            yield Need(Tier.HOST, 2 * rings.layers * PAGE, "weight slots")
         tensors = [tensor for unit in self._units for tensor, _ in unit.members]
         most = max((t.stored_bytes for t in tensors if t.moves and not t.is_matrix), default=0)
         total = sum(self.placement.values())
@@ -457,10 +469,11 @@ class WeightLayout:
         largest = max((unit.passing_bytes for unit in self._units), default=0)
         experts = [unit for unit in self._units if unit.is_expert]
         apart = max((sum(3 if t.is_quantized else 1 for t, _ in unit.members) for unit in experts), default=0)
-        return pages(min(largest, self.piece_bytes)) + (1 + apart) * PAGE if largest else 0
+        between = 1 if self._exact else 2  # in another order in the file than here, more may lie between
+        return pages(min(largest, self.piece_bytes)) + (between + apart) * PAGE if largest else 0
 
 
 def _homes(tensors: Tensors, policy: Policy) -> list[Tier]:
     fixed = {place: Tier.DEVICE for place, tensor in enumerate(tensors) if not tensor.moves}
-    homes = assign(tensors.sizes, policy.weights, fixed)
+    homes = assign(tensors.sizes, policy.weights, fixed, first=tensors.tables)
     return [homes[place] for place in range(len(tensors))]

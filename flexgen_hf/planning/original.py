@@ -21,12 +21,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..policy import Compression, Policy, Tier
-from .cost import Lanes, PlannedRun, Sweep, Workload
+from .cost import Lanes, PlannedRun
 from .hardware import Hardware
 from .layout import PlannedTensor, WeightLayout
 from .schedule import Lane, Route
 from .shape import LayerShape, ModelShape
 from .simulate import simulate
+from .workload import Sweep, Workload
 
 __all__ = ["PUBLISHED", "Comparison", "Published", "compare", "original_model_tokens_per_s"]
 

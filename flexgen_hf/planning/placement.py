@@ -14,7 +14,10 @@ _K = TypeVar("_K", bound=Hashable)
 
 
 def assign(
-    sizes: Sequence[tuple[_K, int]], placement: Placement, fixed: Mapping[_K, Tier] | None = None
+    sizes: Sequence[tuple[_K, int]],
+    placement: Placement,
+    fixed: Mapping[_K, Tier] | None = None,
+    first: Sequence[_K] = (),
 ) -> dict[_K, Tier]:
     """Distributes whole tensors among the tiers, as close to the shares as their sizes allow.
 
@@ -26,6 +29,8 @@ def assign(
         sizes: (key, bytes) in the order of the model's stages.
         placement: the shares.
         fixed: keys whose tier is given; they count towards its share.
+        first: keys that get their tier before all others, in this order, the fastest whose share can take them whole:
+            those for which a buffer would have to be kept that nothing else uses, if they were streamed.
 
     Returns:
         The tier of each key. A tier with share 0 gets nothing but what is fixed to it.
@@ -41,11 +46,14 @@ def assign(
     for key, size in sizes:
         if key in homes and homes[key] in tiers:
             left[tiers.index(homes[key])] -= size
-    for key, size in sorted(free, key=lambda item: -item[1]):
+    turns = {key: turn for turn, key in enumerate(first)}
+    for key, size in sorted(free, key=lambda item: (turns.get(item[0], len(turns)), -item[1])):
         chosen, most = -1, float("-inf")
         for number, room in enumerate(left):
             if room >= size and room / shares[number] > most:
                 chosen, most = number, room / shares[number]
+                if key in turns:
+                    break
         if chosen < 0:  # none can take it whole: the one that it leaves with the smallest excess
             chosen = max(range(len(left)), key=left.__getitem__)
         left[chosen] -= size

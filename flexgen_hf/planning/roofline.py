@@ -10,9 +10,10 @@ import collections
 import dataclasses
 
 from ..policy import Tier
-from .cost import PlannedRun, Prediction, Sweep, crossed
+from .cost import PlannedRun, Prediction, crossed
 from .schedule import Lane
 from .shape import LayerShape
+from .workload import Sweep
 
 __all__ = ["DEVICE_MEMORY", "HOST_MEMORY", "Roof", "Roofline", "roofline"]
 

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 from ..errors import CapacityError, PolicyError
 from ..policy import Compression, Placement, Policy, Tier
 from .budget import Limit, fits, totals
-from .cost import Known, Lanes, PlannedRun, Prediction, Sweep, Workload, limits_of, predict
+from .cost import Lanes, PlannedRun, Prediction, limits_of, predict
 from .hardware import Hardware
 from .layout import WeightLayout
 from .linear import KINDS, Program
+from .placed import Known
 from .plan import OBJECTIVES, Alternative, Freedom, Plan, prediction_to_dict
 from .schedule import Lane
 from .shape import ModelShape
 from .simulate import simulate
+from .workload import Sweep, Workload
 
 __all__ = [
     "COMPRESSIONS", "OBJECTIVES", "Alternative", "Freedom", "Plan", "Planner", "compressions_of",

@@ -128,6 +128,11 @@ class LayerShape:
         return sum(t.elements for t in self.tensors if t.kind == "matrix" and t not in self.experts)
 
     @functools.cached_property
+    def shared_matrices(self) -> int:
+        """How many matrices these are."""
+        return sum(t.kind == "matrix" and t not in self.experts for t in self.tensors)
+
+    @functools.cached_property
     def expert_elements(self) -> int:
         """Elements of one expert's matrices."""
         return sum(t.elements // t.shape[0] for t in self.experts)

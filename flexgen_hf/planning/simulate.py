@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from .cost import Lanes, PlannedRun, Prediction, Sweep
+from .cost import Lanes, PlannedRun, Prediction
 from .hardware import Hardware
 from .schedule import Lane, Schedule, Step, StepId
+from .workload import Sweep
 
 __all__ = ["Clock", "Event", "SharingClock", "Timeline", "every_sweep", "play", "simulate", "steps_of"]
 

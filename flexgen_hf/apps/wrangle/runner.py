@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -95,7 +96,7 @@ class Outcome:
 def run(  # noqa: PLR0913  a job is described by many things
     data: Data,
     model: Any,
-    tokenizer: Any,
+    tokenizer: Any = None,
     *,
     wording: Wording | None = None,
     shots: Shots | None = None,
@@ -108,8 +109,9 @@ def run(  # noqa: PLR0913  a job is described by many things
 
     Args:
         data: from `read` or `read_pair`.
-        model: from `FlexGenForCausalLM.from_pretrained`.
-        tokenizer: its tokenizer.
+        model: from `FlexGenForCausalLM.from_pretrained`; or a function that returns model and tokenizer, which is
+            called once there is something to ask.
+        tokenizer: the model's tokenizer.
         wording: how questions are put; by default as the data set's name and task suggest.
         shots: which examples prompts show; by default ten at random.
         job: how texts are written: options of `generate`, chat, window. An answer ends with its line, and after 4
@@ -133,6 +135,8 @@ def run(  # noqa: PLR0913  a job is described by many things
     if not data.test:
         raise PolicyError(f"{data.name!r} has no examples to be answered; its test split is empty")
     job = _with_limits(job or batch.Job(), data.task)
+    if tokenizer is None:
+        model = functools.cache(model)
     with _files(output) as (asked, answers):
         _write(asked, prompts(data, wording, _shown(data, wording, shots or Shots(), model, tokenizer, job)))
         report = batch.run(asked, answers, model, tokenizer, job=job, overwrite=overwrite, show_progress=show_progress)
@@ -183,6 +187,8 @@ def _mistakes(
 ) -> list[Example]:
     """The examples that the model gets wrong, in their order."""
     wrong = set()
+    if tokenizer is None:
+        model, tokenizer = model()
     for result in batch.texts(asked, model, tokenizer, options=job.options, prompting=job.prompting):
         answer = wording.read(result.texts[0].text) if result.error is None else None
         label = examples[result.index].label or ""

@@ -81,12 +81,12 @@ class _Measuring:
     def hardware(self) -> Hardware:
         direct, free = self._space.is_direct, get_max_memory()
         host = int(free["cpu"] * _PART_OF_FREE_MEMORY)
+        if direct:  # as a run with a limit on its memory does; before the heap has room that would be used instead
+            return_freed_memory()
         disk = self._disk()
         self._said("links and memory")
         links = {} if direct else self._links()
         copied = self._copied()
-        if direct:
-            return_freed_memory()  # as a run with a limit on its memory does
         compute = Compute(self._space, self._seconds)
         self._said("matrix products")
         products = compute.products()

@@ -243,12 +243,11 @@ class Compute:
             )
             brought, deeper = (self._times(made[layers], 1, "disk") for layers in _LAYERS)
             packed, more_packed = (self._times(made[layers], _BATCHES, "device", cache=4) for layers in _LAYERS)
-            tiled_layer = 0.0 if cast_products is None else self._tiled_layer_s(Path(place))
+            tiled = 0.0 if cast_products is None else self._beside_tiles_s(Path(place), cast_products)
         layer = (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES)
         packed_layer = (more_packed.sweep_s - packed.sweep_s) / ((many - few) * _BATCHES)
         product = 2.0 * _LAYER_ELEMENTS / products[str(self.dtype).removeprefix("torch.")].at(1)
         beside = max(1e-6, layer - product)
-        tiled_product = 0.0 if cast_products is None else 2.0 * _LAYER_ELEMENTS / cast_products.at(1)
         forward = max(beside / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
         return Overheads(
             layer_s=beside,
@@ -256,16 +255,16 @@ class Compute:
             forward_s=forward,
             sweep_s=max(0.0, alone.sweep_s - few * layer - forward) + alone.between_s,
             packed_s=max(0.0, packed_layer - layer),
-            tile_s=max(0.0, tiled_layer - beside - tiled_product) / _LAYER_MATRICES,
+            tile_s=max(0.0, tiled - beside) / _LAYER_MATRICES,
         )
 
-    def _tiled_layer_s(self, folder: Path) -> float:
-        """Seconds of a small model's layer whose matrices are cast where they are used."""
+    def _beside_tiles_s(self, folder: Path, cast_products: Curve) -> float:
+        """Seconds of a small model's layer whose matrices are cast where they are used, beside its products."""
         few, many = (
             self._times(_small_checkpoint(folder / f"{layers}-half", layers, torch.float16), 1, "host").sweep_s
             for layers in _LAYERS
         )
-        return (many - few) / (_LAYERS[1] - _LAYERS[0])
+        return (many - few) / (_LAYERS[1] - _LAYERS[0]) - 2.0 * _LAYER_ELEMENTS / cast_products.at(1)
 
     def _times(self, model_folder: Path, batches: int, weights: str, cache: int | None = None) -> _Times:
         """The shortest of several of each, for a token of each of so many micro-batches of one row."""

@@ -423,15 +423,17 @@ class WeightLayout:
         """What loading takes of each tier: homes, slots and staging."""
         units = list(self._units)
         tensors = [tensor for unit in units for tensor, _ in unit.members]
-        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *([] if self._exact else self._rounding(rings))]
-        for size, alike in (
-            (rings.layers, [unit for unit in units if not unit.is_outer and not unit.is_expert]),
-            (rings.outer, [unit for unit in units if unit.is_outer]),
-            (rings.experts, [unit for unit in units if unit.is_expert]),
+        needs = [Need(Tier.DISK, self.placement[Tier.DISK], "weights"), *([] if self._exact else self._rounding())]
+        # matrices of one size lie in files in another order than here: what is read of a layer may be in more runs
+        more_runs = 0 if self._exact else 2 * PAGE
+        for size, alike, rounding in (
+            (rings.layers, [unit for unit in units if not unit.is_outer and not unit.is_expert], more_runs),
+            (rings.outer, [unit for unit in units if unit.is_outer], 0),
+            (rings.experts, [unit for unit in units if unit.is_expert], 0),
         ):
             in_place = max((unit.read_in_place for unit in alike), default=0)
             pushed = max((unit.pushed_room for unit in alike), default=0)
-            needs.append(Need(Tier.HOST, size * in_place, "weight slots"))
+            needs.append(Need(Tier.HOST, size * (in_place + rounding) if in_place else 0, "weight slots"))
             needs.append(Need(Tier.DEVICE, size * pushed, "weight slots"))
         needs.append(Need(Tier.HOST, rings.pieces * self._staging_bytes, "weight staging"))
         tile = max((tensor.device_bytes for tensor in tensors if tensor.is_late), default=0)
@@ -444,14 +446,11 @@ class WeightLayout:
         needs.append(Need(Tier.DEVICE, resident, "weights"))
         return [need for need in needs if need.nbytes]
 
-    def _rounding(self, rings: Rings) -> Iterator[Need]:
+    def _rounding(self) -> Iterator[Need]:
         """Of a model that is known by its configuration, vectors are counted together; each may go another way.
 
-        Where experts are apart, little is left of a layer, and a vector may begin a page of its own on the host. And
-        matrices of one size lie in files in another order: what is read of a layer may be in one run more.
+        Where experts are apart, little is left of a layer, and a vector may begin a page of its own on the host.
         """
-        if any(unit.read_in_place for unit in self._units if not unit.is_outer and not unit.is_expert):
-            yield Need(Tier.HOST, 2 * rings.layers * PAGE, "weight slots")
         tensors = [tensor for unit in self._units for tensor, _ in unit.members]
         most = max((t.stored_bytes for t in tensors if t.moves and not t.is_matrix), default=0)
         total = sum(self.placement.values())

@@ -6,6 +6,7 @@ matrix is read, and for each step what it takes beside that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +35,10 @@ _EMBEDDING_PASSES = 4
 class TimedRun(PlacedRun):
     """A `PlacedRun` of which each step takes time; the arguments are the same."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._seconds: dict[tuple[Any, ...], float] = {}
+    @functools.cached_property
+    def _seconds(self) -> dict[tuple[Any, ...], float]:
+        """What was asked for so far."""
+        return {}
 
     def seconds(self, step: Step, sweep: Sweep) -> float:
         """What a step takes."""

@@ -7,6 +7,7 @@ model our class and an executor. One of the two files that touch transformers' l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -51,6 +52,7 @@ from .planning.workload import Workload
 from .policy import AUTO, Compression, Policy, Tier
 from .prequantized import METHOD, dequantizer, method_of
 from .profile_cache import hardware_here
+from .quantization.dispatch import kernels_loaded_beside
 from .quantization.groupwise import GroupFormat
 from .storage.buffers import return_freed_memory
 from .storage.files import check_offload_folder
@@ -455,7 +457,9 @@ def build(
     if policy.cache.disk or policy.hidden.disk:
         check_offload_folder(folder)
     try:
-        store.load_homes()
+        uses_kernels = compression.cache is not None or any(tensor.is_quantized for tensor in tensors)
+        with kernels_loaded_beside() if uses_kernels else contextlib.nullcontext():
+            store.load_homes()
     except BaseException:
         store.close()
         raise

@@ -6,8 +6,10 @@ several in turn. Knows no disk, no links and no `Hardware`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from .cell_layout import CellShape
 from .planning.hardware import Curve
@@ -28,7 +30,7 @@ from .storage.lanes import Lanes
 from .storage.workspace import Workspace
 from .tiles import TileCast, TileDequantize
 
-__all__ = ["SECONDS", "Compute", "Overheads", "best_of"]
+__all__ = ["SECONDS", "Compute", "Overheads", "median_of"]
 
 _MIB = 1 << 20
 
@@ -60,16 +62,25 @@ _LAYERS = (2, 6)
 _BATCHES, _TOKENS = 8, 16
 
 
-def best_of(work: Callable[[], Any], device: torch.device, *, seconds: float, is_asynchronous: bool = False) -> float:
-    """The shortest time of several, in seconds: what disturbs a run only makes it slower."""
-    best, until, runs = float("inf"), time.perf_counter() + seconds, 0
-    while runs < 2 or time.perf_counter() < until:
+def median_of(work: Callable[[], Any], device: torch.device, *, seconds: float, is_asynchronous: bool = False) -> float:
+    """What work takes in seconds, the median of many times.
+
+    Not the shortest: a long run is disturbed as often as these are. The first time, which makes threads and finds
+    memory, does not count.
+    """
+
+    def timed() -> float:
         started = time.perf_counter()
         work()
         if is_asynchronous:
             torch.accelerator.synchronize(device)
-        best, runs = min(best, time.perf_counter() - started), runs + 1
-    return max(best, 1e-9)
+        return time.perf_counter() - started
+
+    timed()
+    times, until = list[float](), time.perf_counter() + seconds
+    while not times or time.perf_counter() < until:
+        times.append(timed())
+    return max(statistics.median(times), 1e-9)
 
 
 class Compute:
@@ -82,8 +93,8 @@ class Compute:
 
     def __init__(self, space: Workspace, seconds: float) -> None:
         self._space, self._device, self._seconds = space, space.device, seconds
-        self._best = functools.partial(
-            best_of, device=space.device, seconds=seconds, is_asynchronous=space.is_asynchronous
+        self._median = functools.partial(
+            median_of, device=space.device, seconds=seconds, is_asynchronous=space.is_asynchronous
         )
 
     @property
@@ -125,10 +136,9 @@ class Compute:
 
     def _mean(self, work: Callable[[], Any], count: int) -> float:
         """Seconds of one of so many in a row; of what takes long, of fewer."""
-        once = self._best(work)
-        if once * count > self._seconds:
-            return once
-        return self._best(lambda: [work() for _ in range(count)]) / count
+        if self._median(work, seconds=0.0) * count > self._seconds:
+            return self._median(work)
+        return self._median(lambda: [work() for _ in range(count)]) / count
 
     def _matrices(self, dtype: torch.dtype) -> list[torch.Tensor]:
         first = torch.randn(_WIDTH, _WIDTH, device=self._device).to(dtype)
@@ -148,7 +158,7 @@ class Compute:
         rows, tokens, heads, dim = 4, 256, 16, 64
         x = torch.ones(rows, heads, tokens, dim, dtype=self.dtype, device=self._device)
         mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=self._device).tril()
-        seconds = self._best(lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+        seconds = self._median(lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=mask))
         return 2.0 * rows * heads * tokens**2 * dim / seconds
 
     def attended_bytes_per_s(self, device: torch.device, *, by_heads: bool = True) -> float:
@@ -183,7 +193,7 @@ class Compute:
         )
         if attend() is None:
             return 0.0
-        return 2.0 * rows * tokens * heads * dim / self._best(attend)
+        return 2.0 * rows * tokens * heads * dim / self._median(attend)
 
     # -------------------------------------------------------------------------------------------------- what lanes do
     def cast_bytes_per_s(self) -> float:
@@ -205,7 +215,7 @@ class Compute:
         found: list[float] = []
 
         def measured() -> int:
-            found.append(self._best(work))
+            found.append(self._median(work))
             return 0
 
         threads = torch.get_num_threads()
@@ -220,7 +230,7 @@ class Compute:
         points = []
         for size in (64 << 10, 1 * _MIB, 4 * _MIB, 16 * _MIB):
             x = torch.ones(size // self.dtype.itemsize, dtype=self.dtype, device=self._device)
-            points.append((size, 2 * size / self._best(functools.partial(functional.relu, x))))
+            points.append((size, 2 * size / self._median(functools.partial(functional.relu, x))))
         return Curve(tuple(points))
 
     def overheads(self, folder: Path, products: Mapping[str, Curve], cast_products: Curve | None) -> Overheads:
@@ -235,56 +245,46 @@ class Compute:
             cast_products: what that method returned; None where no tiles are cast.
         """
         few, many = _LAYERS
+        runs = [
+            _Run(few, batches=1), _Run(few, _BATCHES), _Run(many, _BATCHES),
+            _Run(few, 1, "disk"), _Run(many, 1, "disk"),
+            _Run(few, _BATCHES, cache=4), _Run(many, _BATCHES, cache=4),
+        ]  # fmt: skip
+        if cast_products is not None:
+            runs += [_Run(layers, 1, "host", stored=torch.float16) for layers in _LAYERS]
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = {layers: _small_checkpoint(Path(place) / str(layers), layers) for layers in _LAYERS}
-            alone, block, deep = (
-                self._times(made[layers], batches, "device")
-                for layers, batches in ((few, 1), (few, _BATCHES), (many, _BATCHES))
-            )
-            brought, deeper = (self._times(made[layers], 1, "disk") for layers in _LAYERS)
-            packed, more_packed = (self._times(made[layers], _BATCHES, "device", cache=4) for layers in _LAYERS)
-            tiled = 0.0 if cast_products is None else self._beside_tiles_s(Path(place), cast_products)
+            alone, block, deep, brought, deeper, packed, more_packed, *tiled = self._times(Path(place), runs)
         layer = (deep.sweep_s - block.sweep_s) / ((many - few) * _BATCHES)
         packed_layer = (more_packed.sweep_s - packed.sweep_s) / ((many - few) * _BATCHES)
         product = 2.0 * _LAYER_ELEMENTS / products[str(self.dtype).removeprefix("torch.")].at(1)
         beside = max(1e-6, layer - product)
         forward = max(beside / 4, (block.sweep_s - alone.sweep_s) / (_BATCHES - 1) - few * layer)
+        tile = 0.0
+        if cast_products is not None:
+            tiled_layer = (tiled[1].sweep_s - tiled[0].sweep_s) / (many - few)
+            tile = tiled_layer - 2.0 * _LAYER_ELEMENTS / cast_products.at(1) - beside
         return Overheads(
             layer_s=beside,
             stage_s=max(0.0, (deeper.compute_s - brought.compute_s) / (many - few) - layer),
             forward_s=forward,
             sweep_s=max(0.0, alone.sweep_s - few * layer - forward) + alone.between_s,
             packed_s=max(0.0, packed_layer - layer),
-            tile_s=max(0.0, tiled - beside) / _LAYER_MATRICES,
+            tile_s=max(0.0, tile) / _LAYER_MATRICES,
         )
 
-    def _beside_tiles_s(self, folder: Path, cast_products: Curve) -> float:
-        """Seconds of a small model's layer whose matrices are cast where they are used, beside its products."""
-        few, many = (
-            self._times(_small_checkpoint(folder / f"{layers}-half", layers, torch.float16), 1, "host").sweep_s
-            for layers in _LAYERS
-        )
-        return (many - few) / (_LAYERS[1] - _LAYERS[0]) - 2.0 * _LAYER_ELEMENTS / cast_products.at(1)
-
-    def _times(self, model_folder: Path, batches: int, weights: str, cache: int | None = None) -> _Times:
-        """The shortest of several of each, for a token of each of so many micro-batches of one row."""
-        policy = {"weights": {weights: 1.0}, "cache": {"device": 1.0}, "hidden": {"device": 1.0}}
-        options: dict[str, Any] = {"quant_method": "flexgen", "offload_folder": str(model_folder)}
-        options |= {"device": str(self._device)} | ({} if cache is None else {"compression": {"cache": cache}})
-        prompts = torch.ones(batches, 8, dtype=torch.long, device=self._device)
-        times, until = list[_Times](), time.perf_counter() + self._seconds
-        # by the way that transformers offers: what loads models lies above this
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(model_folder),
-            dtype=self.dtype,
-            quantization_config={**options, "policy": {**policy, "batch_size": 1, "num_batches": batches}},
-        )
-        with loaded as model:
-            while len(times) < 2 or time.perf_counter() < until:
-                model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=_TOKENS,
-                               min_new_tokens=_TOKENS, do_sample=False, pad_token_id=1)  # fmt: skip
-                times.append(_Times.of(model.last_run))
-        return _Times(*map(min, zip(*times, strict=True)))
+    def _times(self, folder: Path, runs: Sequence[_Run]) -> list[_Times]:
+        """Medians of each; they take turns, so that what is subtracted had the same machine."""
+        times: list[list[_Times]] = [[] for _ in runs]
+        with contextlib.ExitStack() as loaded:
+            models = [loaded.enter_context(run.loaded(folder, self._device, self.dtype)) for run in runs]
+            until = time.perf_counter() + self._seconds * len(runs)
+            while len(times[0]) < 2 or time.perf_counter() < until:
+                for run, model, found in zip(runs, models, times, strict=True):
+                    prompts = torch.ones(run.batches, 8, dtype=torch.long, device=self._device)
+                    model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=_TOKENS,
+                                   min_new_tokens=_TOKENS, do_sample=False, pad_token_id=1)  # fmt: skip
+                    found.append(_Times.of(model.last_run))
+        return [_Times(*map(statistics.median, zip(*found, strict=True))) for found in times]
 
 
 class Overheads(NamedTuple):
@@ -308,7 +308,7 @@ class Overheads(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """Seconds of the shortest decode sweep of a run, those of compute in it, and between two sweeps."""
+    """Medians over the decode sweeps of a run: seconds, those of compute; and the mean of those between two."""
 
     sweep_s: float
     compute_s: float
@@ -318,16 +318,34 @@ class _Times(NamedTuple):
     def of(cls, report: Any) -> _Times:
         sweeps = [sweep for sweep in report.sweeps if not sweep.is_prefill]
         return cls(
-            min(sweep.seconds for sweep in sweeps),
-            min(sweep.lanes[Lane.COMPUTE.value].busy_s for sweep in sweeps),
+            statistics.median(sweep.seconds for sweep in sweeps),
+            statistics.median(sweep.lanes[Lane.COMPUTE.value].busy_s for sweep in sweeps),
             (report.elapsed_s - report.prefill_s - report.decode_s) / len(report.sweeps),
         )
 
 
-def _small_checkpoint(folder: Path, layers: int, dtype: torch.dtype = torch.float32) -> Path:
-    from transformers import AutoModelForCausalLM, OPTConfig
+class _Run(NamedTuple):
+    """What a small model computes with: some layers and micro-batches of a row, and where its weights are."""
 
-    config = OPTConfig(num_hidden_layers=layers, max_position_embeddings=128, **_SMALL)
-    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    layers: int
+    batches: int
+    weights: str = "device"
+    cache: int | None = None
+    stored: torch.dtype = torch.float32
+
+    def loaded(self, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+        """The model, from a checkpoint in the folder that is written if it is not there yet."""
+        stored = folder / f"{self.layers}-{self.stored}"
+        if not stored.is_dir():
+            config = OPTConfig(num_hidden_layers=self.layers, max_position_embeddings=128, **_SMALL)
+            made: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            made.to(self.stored).save_pretrained(stored)
+        policy = {"weights": {self.weights: 1.0}, "cache": {"device": 1.0}, "hidden": {"device": 1.0}}
+        options: dict[str, Any] = {"quant_method": "flexgen", "offload_folder": str(stored), "device": str(device)}
+        options |= {} if self.cache is None else {"compression": {"cache": self.cache}}
+        # by the way that transformers offers: what loads models lies above this
+        return AutoModelForCausalLM.from_pretrained(
+            str(stored),
+            dtype=dtype,
+            quantization_config={**options, "policy": {**policy, "batch_size": 1, "num_batches": self.batches}},
+        )

@@ -21,7 +21,7 @@ from accelerate.utils import get_max_memory
 from .planning.budget import rings_of
 from .planning.hardware import Curve, Hardware
 from .policy import Policy, Tier
-from .profiled_compute import SECONDS, Compute, best_of
+from .profiled_compute import SECONDS, Compute, median_of
 from .storage.buffers import Buffer, return_freed_memory
 from .storage.files import SpillFile
 from .storage.lanes import Lanes, Ticket
@@ -56,7 +56,7 @@ def measure(
         device: where models compute.
         folder: of the disk tier; a file of 64 MiB without a name and two tiny models live in it meanwhile.
         said: called with what is measured next.
-        seconds: for each number; None for 0.3 s. With 0, each thing is run twice, for a rough idea.
+        seconds: for each number; None for 0.3 s. With 0, each thing is run twice and timed once, for a rough idea.
 
     Raises:
         StoreError: the folder cannot be written to.
@@ -74,8 +74,8 @@ class _Measuring:
 
     def __init__(self, space: Workspace, said: Callable[[str], None], seconds: float) -> None:
         self._space, self._device, self._said, self._seconds = space, space.device, said, seconds
-        self._best = functools.partial(
-            best_of, device=space.device, seconds=seconds, is_asynchronous=space.is_asynchronous
+        self._median = functools.partial(
+            median_of, device=space.device, seconds=seconds, is_asynchronous=space.is_asynchronous
         )
 
     def hardware(self) -> Hardware:
@@ -174,7 +174,7 @@ class _Measuring:
             for ticket in tickets:
                 ticket.wait()
 
-        return self._best(requests) / count
+        return self._median(requests) / count
 
     def _curve(self, seconds_per_request: Callable[[int], float]) -> Curve:
         return Curve(tuple((size, size / seconds_per_request(size)) for size in _TRANSFERS))
@@ -192,7 +192,7 @@ class _Measuring:
                     self._space.copy(target, source)
                     self._space.finish_copies()
 
-                return self._best(move)
+                return self._median(move)
 
             return one
 
@@ -202,7 +202,7 @@ class _Measuring:
         def one(size: int) -> float:
             source = torch.zeros(8 * size, dtype=torch.uint8, device=self._device)
             target = torch.zeros_like(source)
-            return self._best(lambda: target.copy_(source)) / 8
+            return self._median(lambda: target.copy_(source)) / 8
 
         return self._curve(one)
 
@@ -210,7 +210,7 @@ class _Measuring:
     def _transfer_s(self) -> float:
         """A lane's wake-up."""
         with Lanes(["one"]) as lanes:
-            return self._best(lambda: lanes.submit("one", "nothing", lambda: 0).wait())
+            return self._median(lambda: lanes.submit("one", "nothing", lambda: 0).wait())
 
 
 def _cores() -> int:

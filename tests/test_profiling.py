@@ -76,7 +76,7 @@ def test_each_number_may_have_its_time(tmp_path: Path, monkeypatch: pytest.Monke
         return 1.0
 
     for module in (profiling, profiled_compute):
-        monkeypatch.setattr(module, "best_of", noted)
+        monkeypatch.setattr(module, "median_of", noted)
     profiling.measure(torch.device("cpu"), tmp_path, seconds=0.05)
     profiling.measure(torch.device("cpu"), tmp_path)
     assert set(given) == {0.05, 0.0}

@@ -9,8 +9,10 @@ dequantize(q, fmt, torch.bfloat16, threads=2)
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Literal
 
@@ -27,6 +29,7 @@ __all__ = [
     "attend",
     "dequantize",
     "has_kernels",
+    "kernels_loaded_beside",
     "quantize",
     "row_multiplier",
     "row_reader",
@@ -64,6 +67,23 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
 def has_kernels() -> bool:
     """Whether there are kernels for the CPU, about four times as fast as plain torch."""
     return _kernels() is not None
+
+
+@contextlib.contextmanager
+def kernels_loaded_beside() -> Iterator[None]:
+    """Loads the CPU's kernels in a thread, which takes most of a second, while the block waits for a disk."""
+
+    def use() -> None:
+        if has_kernels():
+            fmt = GroupFormat(4, 64)
+            dequantize(quantize(torch.zeros(1, fmt.group_size), fmt), fmt)
+
+    loading = threading.Thread(target=use, name="flexgen kernels")
+    loading.start()
+    try:
+        yield
+    finally:
+        loading.join()
 
 
 def scratch_bytes(device: torch.device) -> int:

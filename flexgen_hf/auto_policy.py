@@ -21,6 +21,7 @@ from .planning.hardware import Hardware
 from .planning.placed import Known
 from .planning.plan import Freedom, Plan
 from .planning.presets import hardware_of
+from .planning.schedule import Lane
 from .planning.search import Planner
 from .planning.shape import ModelShape
 from .planning.workload import Workload
@@ -190,7 +191,7 @@ class AutoPolicy:
     def _reading_s(self, policy: Policy) -> float:
         """Of placing weights anew: what is kept in memory is read from disk."""
         nbytes = sum(tensor.stored_bytes for tensor in self._tensors) * (1 - policy.weights.share(Tier.DISK))
-        return nbytes / self._hardware.disk_to_host.best
+        return nbytes / self._hardware.link(Lane.DISK_TO_HOST).best
 
 
 # ------------------------------------------------------------------------------------------------------ what is given

@@ -22,7 +22,7 @@ from flexgen_hf.planning.placed import Known
 from flexgen_hf.planning.presets import PRESETS, preset
 from flexgen_hf.planning.schedule import Lane, Step, StepId, What
 from flexgen_hf.planning.shape import ModelShape, read_config
-from flexgen_hf.planning.simulate import Clock, Event, SharingClock, every_sweep, play, simulate, steps_of
+from flexgen_hf.planning.simulate import Clock, Event, SharingClock, Throttle, every_sweep, play, simulate, steps_of
 from flexgen_hf.planning.workload import Sweep, Workload
 from flexgen_hf.weights.tensors import StoredTensor
 
@@ -165,7 +165,7 @@ def test_where_lanes_share_nothing_both_clocks_say_the_same(policy: Policy, new:
     run = PlannedRun(shape, preset("t4"), policy, Workload(8, new))
     sweeps = every_sweep(run)
     ended: list[dict[StepId, tuple[float, float]]] = []
-    for clock in (Clock(), SharingClock(run.hardware)):
+    for clock in (Clock({}), SharingClock(run.hardware, {})):
         events: list[Event] = []
         for steps in steps_of(run, sweeps):
             events += clock.sweep(steps, lambda step: run.seconds(step, sweeps[step.id.sweep]), 1e-4)
@@ -264,3 +264,33 @@ def test_steps_of_weights_are_the_pieces_of_the_layout() -> None:
     (steps,) = steps_of(run, [Sweep(128, 0)])
     moved = [step.id for step in steps if step.id.what is What.WEIGHTS]
     assert len(moved) == sum(sum(piece.route) for stage in run.layout.stages for piece in stage)
+
+
+def test_a_limited_disk_makes_up_for_what_it_did_not_use() -> None:
+    """With one layer slot the disk waits for compute; what it missed it may read faster, but not of long ago."""
+    read = Step(StepId(0, Lane.DISK_TO_HOST, What.WEIGHTS, 0), ())
+    throttle = Throttle(lambda _: 0.01)
+    assert throttle.seconds(read, 5.0, 0.05) == pytest.approx(0.05)
+    assert throttle.seconds(read, 5.05, 0.05) == pytest.approx(0.05), "at once"
+    assert throttle.seconds(read, 5.13, 0.05) == pytest.approx(0.02), "0.03 s were left"
+    assert throttle.seconds(read, 5.24, 0.05) == pytest.approx(0.01), "no faster than the disk is"
+    assert throttle.seconds(read, 9.0, 0.05) == pytest.approx(0.05), "long ago"
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_a_simulated_limit_is_one_on_average(factor: float) -> None:
+    """Without overlap the disk reads at its full speed what the limit left over while a layer was computed."""
+    policy = Policy.parse("0 0 0 100 0 100", batch_size=1, num_batches=1, overlap=False)
+    shape = ModelShape.from_config(
+        {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 99}
+    )
+    workload = Workload(8, 9)
+    run = PlannedRun(shape, preset("cpu2"), policy, workload)
+    full = simulate(run)
+    [_, decode] = run.sweeps()
+    assert decode is not None
+    read = 8 * sum(piece.read * count for piece, count in run.pieces(decode).items())
+    rate = factor * read / full.decode_s
+    limited = simulate(PlannedRun(shape, preset("cpu2").with_disk_limit(rate, None), policy, workload))
+    at_least = max(full.decode_s, read / rate)
+    assert at_least * 0.95 <= limited.decode_s <= at_least * 1.1

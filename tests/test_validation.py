@@ -34,6 +34,7 @@ from flexgen_hf.planning.budget import fits
 from flexgen_hf.planning.cost import limits_of
 from flexgen_hf.planning.hardware import Hardware
 from flexgen_hf.planning.presets import preset
+from flexgen_hf.planning.schedule import Lane
 from flexgen_hf.planning.search import COMPRESSIONS
 
 MACHINE = dataclasses.replace(preset("cpu2"), cores=2, threads=2)
@@ -151,6 +152,20 @@ class TestMeasuring:
         assert len(runs.seen) == 3
         assert Hardware.from_dict(made[0]["validation"]["profile"]) == MACHINE
 
+    def test_the_machine_may_be_profiled_again_in_between(self, subject: Subject, work_folder: Path) -> None:
+        cases, runs = grid(Ground([subject], compressions=(Compression(),)), 5, MACHINE), Runs()
+        later = [dataclasses.replace(MACHINE, name=f"{n} later", sweep_s=n) for n in (1.0, 2.0)]
+        profiles = iter(later)
+        told = list[Any]()
+        measured = Measuring(runs, MACHINE, work_folder, {}, told.append, (lambda: next(profiles), 2))
+        made = [measured.record(case) for case in (*cases, *cases)]
+        machines = [MACHINE, MACHINE, later[0], later[0], later[1]]
+        assert len(told) == 5
+        assert [record["validation"]["profile"]["name"] for record in told] == [machine.name for machine in machines]
+        for case, machine, once, twice in zip(cases, machines, made, made[5:], strict=True):
+            assert once["validation"]["simulated"] == case.predicted(machine)["simulated"]
+            assert twice == once, "what is known keeps its own prediction"
+
     def test_a_run_gets_its_limits_and_budget(self, subject: Subject, work_folder: Path) -> None:
         runs = Runs()
         policy = Policy(batch_size=3, compression=Compression(cache=4))
@@ -251,6 +266,8 @@ class TestCommand:
         [
             ("tiny --policies 3", "--policies belongs to --validate-plan"),
             ("tiny --grid", "--grid belongs to --validate-plan"),
+            ("tiny --profile-every 3", "--profile-every belongs to --validate-plan"),
+            ("tiny --validate-plan --profile-every 3", "--profile-every measures the machine, --hardware says what"),
             ("--prompt-len 8", "MODEL_OR_SHAPE is missing"),
             ("tiny --validate-plan --policy 0,0,0,100,0,100", "--policy says nothing to --validate-plan"),
             ("tiny --validate-plan --write-limit 1MB/s", "--write-limit says nothing to --validate-plan"),
@@ -284,7 +301,7 @@ class TestCommand:
 
     def test_one_more_machine_may_be_limited(self) -> None:
         slow = MACHINE.with_disk_limit(10**6, None)
-        assert slow.disk_to_host.best == 10**6
-        assert slow.host_to_disk == MACHINE.host_to_disk
-        with pytest.raises(PolicyError, match="a speed is 0"):
+        assert slow.link(Lane.DISK_TO_HOST).best == 10**6
+        assert slow.link(Lane.HOST_TO_DISK) == MACHINE.host_to_disk
+        with pytest.raises(PolicyError, match="a limit of the disk"):
             MACHINE.with_disk_limit(0, None)

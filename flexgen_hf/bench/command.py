@@ -174,6 +174,15 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
             show_default="measured first",
         ),
     ] = None,
+    profile_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --validate-plan: profile the machine again after so many runs. One that others use as well is "
+            "faster and slower in turn.",
+            show_default="once, at first",
+        ),
+    ] = None,
 ) -> None:
     """Compares throughput with Accelerate's offloading and plain transformers, each run in a process of its own."""
     if validate_plan:
@@ -188,13 +197,16 @@ def bench_command(  # noqa: PLR0913, PLR0917  a command's options are its parame
             models=model, is_grid=grid, policies=policies, rows=rows, prompt_len=prompt_len, new_tokens=new_tokens,
             seed=seed, dtype=dtype, threads=threads, device=device, compression=compression, memory_limit=memory_limit,
             disk_limits=read_limit, time_limit=time_limit, run_seconds=run_seconds, hardware=hardware,
-            repeats=repeats, out=out,
+            profile_every=profile_every, repeats=repeats, out=out,
         )  # fmt: skip
         folder = _work_folder(work_folder)
         validate(options, folder, lambda name: _model_folder(name, folder, weights_dtype), lambda r: _tell(r, out))
         return
     is_auto = policy == "auto"
-    of_validation = {"--grid": grid or None, "--policies": policies, "--hardware": None if is_auto else hardware}
+    of_validation = {
+        "--grid": grid or None, "--policies": policies, "--hardware": None if is_auto else hardware,
+        "--profile-every": profile_every,
+    }  # fmt: skip
     _refuse_given("belongs to --validate-plan", of_validation)
     if model is None:
         raise PolicyError("MODEL_OR_SHAPE is missing; give a model folder, or a shape such as opt-1.3b")

@@ -304,6 +304,7 @@ class Measuring:
         work_folder: for quantized weights.
         known: records of an earlier call, by key.
         tell: is given each new record as it comes.
+        again: if the machine is to be profiled anew after some runs: how, and after how many.
     """
 
     def __init__(
@@ -313,26 +314,40 @@ class Measuring:
         work_folder: Path,
         known: Mapping[str, Sequence[Record]],
         tell: Callable[[Record], None],
+        again: tuple[Callable[[], Hardware], int] | None = None,
     ) -> None:
-        self._run, self.hardware, self._folder, self._tell = run, hardware, work_folder, tell
+        self._run, self._hardware, self._folder, self._tell, self._again = run, hardware, work_folder, tell, again
         self._known = {key: list(records) for key, records in known.items()}
+        self._done = 0
 
     def record(self, case: Case, repeat: int = 1, timeout_s: float | None = None) -> Record:
-        """What the case's run of this number did, measured now unless it is known, with what is predicted of it now."""
+        """What the case's run of this number did, with what is predicted of it.
+
+        It is measured unless it is known. With new profiles in between, what is known keeps its own prediction.
+        """
         held = self._known.setdefault(case.key, [])
         known = next((record for record in held if record["repeat"] == repeat), None)
-        validated = {"key": case.key, "kind": case.kind, **case.predicted(self.hardware)}
+        if known is not None and self._again is not None:
+            return known
+        if known is None:
+            self._profile_again()
+        validated = {"key": case.key, "kind": case.kind, **case.predicted(self._hardware)}
         if known is not None:
             return {**known, "validation": {**known["validation"], **validated}}
         job = case.ready(self._folder)
         measured = self._run(job, case.limits, timeout_s)
-        profile = self.hardware.to_dict()
+        profile = self._hardware.to_dict()
         record = {
             "repeat": repeat, "setting": job.setting, **measured, "validation": {**validated, "profile": profile}
         }  # fmt: skip
         held.append(record)
         self._tell(record)
         return record
+
+    def _profile_again(self) -> None:
+        if self._again is not None and self._done and self._done % self._again[1] == 0:
+            self._hardware = self._again[0]()
+        self._done += 1
 
     def best(self, choice: Case, cases: Sequence[Case], repeats: int) -> tuple[list[Record], list[Record]]:
         """The grid beside what was chosen.

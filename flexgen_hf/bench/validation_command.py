@@ -53,6 +53,7 @@ class Asked:
     time_limit: float | None = None
     run_seconds: str = "4-30"
     hardware: Path | None = None
+    profile_every: int | None = None
     repeats: int = 3
     out: Path | None = None
 
@@ -80,6 +81,8 @@ def validate(
     rates, memory, seconds = _disk_limits(asked), _memory(asked), _seconds(asked.run_seconds)
     if asked.is_grid and (len(names) > 1 or len(rates) > 1):
         raise PolicyError("--grid is for one model and one --read-limit; give one of each")
+    if asked.profile_every is not None and asked.hardware is not None:
+        raise PolicyError("--profile-every measures the machine, --hardware says what it is; give one of them")
     compressions = compressions_of(asked.compression or "any")
     known = known_records(asked.out)
     models = [model_folder(name) for name in names]
@@ -92,7 +95,8 @@ def validate(
         patience = bench.timeout_s if bench.timeout_s is not None else timeout_s
         return dataclasses.replace(bench, limits=limits, timeout_s=patience).run(job)
 
-    measuring = Measuring(run, machine, work_folder, known, tell)
+    again = None if asked.profile_every is None else (lambda: _measured(asked, work_folder), asked.profile_every)
+    measuring = Measuring(run, machine, work_folder, known, tell, again)
     if asked.is_grid:
         choice = chosen(ground, machine)
         cases = grid(ground, asked.policies or _COUNT_OF_GRID, machine)
@@ -134,6 +138,10 @@ def _machine(asked: Asked, work_folder: Path, known: dict[str, list[Record]]) ->
     profiles = [record["validation"]["profile"] for records in known.values() for record in records]
     if profiles:
         return Hardware.from_dict(profiles[0])
+    return _measured(asked, work_folder)
+
+
+def _measured(asked: Asked, work_folder: Path) -> Hardware:
     import torch
 
     from ..profiling import measure

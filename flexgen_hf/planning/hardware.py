@@ -88,6 +88,9 @@ class Hardware:
         direct: what is more, compute works where things lie on the host, as a CPU does.
         disk_to_host: reads past the page cache, by bytes of a request.
         host_to_disk: writes past it.
+        disk_read_limit: bytes per second that reads may reach on average, by a control group or a rented disk; 0 is no
+            limit.
+        disk_write_limit: the same of writes.
         host_to_device: the link to the device.
         device_to_host: the link back.
         matmul_flops: products of matrices by rows, for each type of element.
@@ -147,6 +150,8 @@ class Hardware:
     packed_attention_elements_per_s: float = 0.0
     packed_attention_s: float = 0.0
     element_bytes_per_s: Curve | None = None
+    disk_read_limit: float = 0.0
+    disk_write_limit: float = 0.0
     unified: bool = False
     direct: bool = False
     cached_read: Curve | None = None
@@ -180,9 +185,24 @@ class Hardware:
             raise PolicyError(f"hardware: a source is given for {unknown[0]!r}, which is no field; {_known_fields()}")
 
     def link(self, lane: Lane) -> Curve:
-        """The speed of a lane that moves bytes, by bytes of a transfer."""
-        curve: Curve = getattr(self, lane.value)
-        return curve
+        """The speed of a lane that moves bytes, by bytes of a transfer; of a limited disk, what it keeps up."""
+        return self._links[lane]
+
+    @functools.cached_property
+    def _links(self) -> dict[Lane, Curve]:
+        curves: dict[Lane, Curve] = {lane: getattr(self, lane.value) for lane in Lane if lane is not Lane.COMPUTE}
+        for lane in self.limited_lanes:
+            curves[lane] = curves[lane].at_most(self._disk_limits[lane])
+        return curves
+
+    @property
+    def _disk_limits(self) -> dict[Lane, float]:
+        return {Lane.DISK_TO_HOST: self.disk_read_limit, Lane.HOST_TO_DISK: self.disk_write_limit}
+
+    @property
+    def limited_lanes(self) -> list[Lane]:
+        """Those of a disk that is used with a limit."""
+        return [lane for lane, limit in self._disk_limits.items() if limit]
 
     def cores_of(self, lane: Lane) -> int:
         """Cores that a lane at work keeps busy, of those that all share: a transfer from or to the disk nearly none."""
@@ -231,10 +251,16 @@ class Hardware:
         )
 
     def with_disk_limit(self, read_bytes_per_s: float | None, write_bytes_per_s: float | None) -> Hardware:
-        """The machine with a disk that is no faster than this; None is no limit."""
-        limits = {"disk_to_host": read_bytes_per_s, "host_to_disk": write_bytes_per_s}
+        """The machine with a disk that moves no more than this on average; None is no limit.
+
+        Raises:
+            PolicyError: a limit of nothing.
+        """
+        for limit in (read_bytes_per_s, write_bytes_per_s):
+            if limit is not None:
+                _positive(limit, "a limit of the disk")
         return dataclasses.replace(
-            self, **{name: getattr(self, name).at_most(speed) for name, speed in limits.items() if speed is not None}
+            self, disk_read_limit=read_bytes_per_s or 0.0, disk_write_limit=write_bytes_per_s or 0.0
         )
 
     # ------------------------------------------------------------------------------------------------------- as JSON
@@ -306,7 +332,8 @@ _CURVES = (
 )  # fmt: skip
 _MAY_BE_ZERO = (
     "host_attention_bytes_per_s", "tile_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
-    "packed_attention_elements_per_s", "packed_attention_s", "moved_attention_bytes_per_s",
+    "packed_attention_elements_per_s", "packed_attention_s", "moved_attention_bytes_per_s", "disk_read_limit",
+    "disk_write_limit",
 )  # fmt: skip
 
 

@@ -6,9 +6,10 @@ matrix is read, and for each step what it takes beside that.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import PolicyError
 from ..policy import Tier
@@ -19,6 +20,8 @@ from .shape import LayerShape
 from .workload import Sweep
 
 __all__ = ["TimedRun"]
+
+_Run = TypeVar("_Run", bound="TimedRun")
 
 # Results of a token in a layer, of its hidden size: two norms, queries (scaled), keys, values, attention (put in
 # order), two projections, two sums; and of its inner size: the first product and its activation.
@@ -40,8 +43,15 @@ class TimedRun(PlacedRun):
         """What was asked for so far."""
         return {}
 
+    def at_full_speed(self: _Run) -> _Run:
+        """The same run with a disk that nothing limits."""
+        made = copy.copy(self)
+        made.hardware = self.hardware.with_disk_limit(None, None)
+        vars(made).pop("_seconds", None)
+        return made
+
     def seconds(self, step: Step, sweep: Sweep) -> float:
-        """What a step takes."""
+        """What a step takes; of a limited disk, where nothing is left from before."""
         _, lane, what, stage, batch, piece = step.id
         if lane is Lane.COMPUTE:
             return self._computed_s(what, stage, batch, sweep)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .cost import Lanes, PlannedRun, Prediction
@@ -17,7 +17,10 @@ from .hardware import Hardware
 from .schedule import Lane, Schedule, Step, StepId
 from .workload import Sweep
 
-__all__ = ["Clock", "Event", "SharingClock", "Timeline", "every_sweep", "play", "simulate", "steps_of"]
+__all__ = ["Clock", "Event", "SharingClock", "Throttle", "Timeline", "every_sweep", "play", "simulate", "steps_of"]
+
+# Of the Linux kernel: for so long a limit on a disk remembers what was not used.
+_REMEMBERED_S = 0.1
 
 
 class Event(NamedTuple):
@@ -42,13 +45,42 @@ class _Running:
         self.step, self.started, self.left = step, started, left
 
 
+class Throttle:
+    """A lane with a limit on what it moves on average: what it did not use of late, it may use now.
+
+    Args:
+        full_s: what a step takes at full speed.
+    """
+
+    def __init__(self, full_s: Callable[[Step], float]) -> None:
+        self._full_s = full_s
+        self._until = 0.0
+
+    def seconds(self, step: Step, now: float, at_limit_s: float) -> float:
+        """What a step takes that begins now.
+
+        Args:
+            step: which.
+            now: seconds since the beginning.
+            at_limit_s: what it takes where nothing is left from before.
+        """
+        if now - self._until > _REMEMBERED_S:
+            self._until = now
+        self._until += at_limit_s
+        return max(self._full_s(step), self._until - now)
+
+
 class Clock:
     """Gives each step its time, where no lane takes anything from another.
 
     A step begins when its lane is free and all that it names is done, so to look at each once is enough.
+
+    Args:
+        throttles: of lanes with a limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, throttles: Mapping[Lane, Throttle]) -> None:
+        self._throttles = throttles
         #: seconds since the beginning
         self.now = 0.0
         self._free = dict.fromkeys(Lane, 0.0)
@@ -69,7 +101,10 @@ class Clock:
             started = max(now, free[lane])
             for name in step.after:
                 started = max(started, ended.get(name, 0.0))
-            free[lane] = ended[step.id] = started + seconds(step)
+            taken = seconds(step)
+            if lane in self._throttles:
+                taken = self._throttles[lane].seconds(step, started, taken)
+            free[lane] = ended[step.id] = started + taken
             yield Event(step, started, free[lane])
         self.now = free[Lane.COMPUTE] + between_s
 
@@ -85,9 +120,11 @@ class SharingClock:
 
     Args:
         hardware: whose cores.
+        throttles: of lanes with a limit.
     """
 
-    def __init__(self, hardware: Hardware) -> None:
+    def __init__(self, hardware: Hardware, throttles: Mapping[Lane, Throttle]) -> None:
+        self._throttles = throttles
         self._cores, self._cores_of = hardware.cores, {lane: hardware.cores_of(lane) for lane in Lane}
         self.now = 0.0
         self._queues = {lane: collections.deque[tuple[Step, float]]() for lane in Lane}
@@ -130,6 +167,8 @@ class SharingClock:
         for lane, queue in self._queues.items():
             if queue and lane not in self._running and self._pending.isdisjoint(queue[0][0].after):
                 step, seconds = queue.popleft()
+                if lane in self._throttles:
+                    seconds = self._throttles[lane].seconds(step, self.now, seconds)
                 self._running[lane] = _Running(step, self.now, seconds)
 
     def _slower(self) -> float:
@@ -180,7 +219,11 @@ def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[Iterator[Step
 
 def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False) -> Timeline:
     """Runs sweeps one after the other on a fake clock."""
-    clock = SharingClock(run.hardware) if run.hardware.cores else Clock()
+    full = run.at_full_speed()
+    throttles = {
+        lane: Throttle(lambda step: full.seconds(step, sweeps[step.id.sweep])) for lane in run.hardware.limited_lanes
+    }
+    clock = SharingClock(run.hardware, throttles) if run.hardware.cores else Clock(throttles)
     ends, events = [], list[Event]()
     lanes = [dict.fromkeys(Lane, 0.0) for _ in sweeps]
 

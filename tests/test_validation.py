@@ -162,7 +162,7 @@ class TestMeasuring:
         machines = [MACHINE, MACHINE, later[0], later[0], later[1]]
         assert len(told) == 5
         assert [record["validation"]["profile"]["name"] for record in told] == [machine.name for machine in machines]
-        for case, machine, once, twice in zip(cases, machines, made, made[5:], strict=True):
+        for case, machine, once, twice in zip(cases, machines, made[:5], made[5:], strict=True):
             assert once["validation"]["simulated"] == case.predicted(machine)["simulated"]
             assert twice == once, "what is known keeps its own prediction"
 

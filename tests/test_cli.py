@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import flexgen_hf
 from flexgen_hf import FlexGenError, Placement, Policy, PolicyError, cli, options
 from flexgen_hf.text import dtype_of_compute
+from tests.trained import TINY_OPT
 
 ROOT = Path(__file__).parent.parent
-TINY_OPT = ROOT / "flexgen_hf" / "assets" / "tiny-opt"
 
 
 class RecordedModel:

@@ -39,9 +39,9 @@ from tests.tiny import (
     watchdog,
     write_tiny_opt,
 )
+from tests.trained import TINY_OPT
 
 ROOT = Path(__file__).parent.parent
-TINY_OPT = ROOT / "flexgen_hf" / "assets" / "tiny-opt"
 
 
 @pytest.fixture(scope="module")

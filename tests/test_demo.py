@@ -10,7 +10,7 @@ import pytest
 from flexgen_hf import FlexGenError, FlexGenForCausalLM, Policy, StoreError, cli, demo
 from flexgen_hf.text import complete, load_tokenizer
 
-TINY_OPT = Path(demo.__file__).parent / "assets" / "tiny-opt"
+from .trained import TINY_OPT
 
 
 @pytest.fixture

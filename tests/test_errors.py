@@ -26,9 +26,9 @@ from flexgen_hf import (
     UnsupportedModelError,
 )
 from tests.tiny import DISK, EVERYTHING_ON_DISK, batch, flexgen_threads, greedy, load, write_tiny_opt
+from tests.trained import TINY_OPT
 
 ROOT = Path(__file__).parent.parent
-TINY_OPT = ROOT / "flexgen_hf" / "assets" / "tiny-opt"
 
 
 @pytest.fixture(scope="module")

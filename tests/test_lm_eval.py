@@ -12,15 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import flexgen_hf
 from flexgen_hf import FlexGenError, PolicyError
 from flexgen_hf.cli import app
 from flexgen_hf.integrations import lm_eval as integration
 
 from .tiny import load, reference, write_tiny_opt
+from .trained import TINY_OPT
 
 #: a small trained model with a tokenizer
-TRAINED = Path(flexgen_hf.__file__).parent / "assets" / "tiny-opt"
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'flexgen_hf[lm-eval]'"
@@ -127,7 +126,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
     integration.register()
     ours = registry.get_model("flexgen").create_from_arg_obj(
         {
-            "pretrained": str(TRAINED),
+            "pretrained": str(TINY_OPT),
             "dtype": "float32",
             "policy": "0 0 0 0 0 0",
             "num_batches": 3,
@@ -136,7 +135,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
         {"batch_size": "2", "max_batch_size": None, "device": None},
     )
     theirs = registry.get_model("hf").create_from_arg_obj(
-        {"pretrained": str(TRAINED), "dtype": "float32"}, {"batch_size": 2, "device": "cpu"}
+        {"pretrained": str(TINY_OPT), "dtype": "float32"}, {"batch_size": 2, "device": "cpu"}
     )
     yield theirs, ours
     ours.model.close()
@@ -221,7 +220,7 @@ def test_a_task_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     for model, own in (("hf", ""), ("flexgen", f",policy=0 50 0 100 0 100,offload_folder={tmp_path / 'o'}")):
         out = tmp_path / model
         arguments = ["lm-eval", "run", "--model", model, "--tasks", "congress", "--include_path", str(tmp_path)]
-        arguments += ["--model_args", f"pretrained={TRAINED},dtype=float32{own}", "--log_samples"]
+        arguments += ["--model_args", f"pretrained={TINY_OPT},dtype=float32{own}", "--log_samples"]
         result = CliRunner().invoke(app, [*arguments, "--output_path", str(out), "--device", "cpu"])
         assert result.exception is None, result.output
         (results,) = out.rglob("results_*.json")

@@ -39,9 +39,9 @@ from flexgen_hf.weights.format import Manifest, is_store
 from .checkpoints import opt_config, with_keys
 from .comparison import BEAMS, GREEDY, THREE_TIERS, load_ours, load_plain, ragged, same_tokens, save_tiny
 from .test_traps import OWN_CACHES
+from .trained import TINY_OPT
 
 METHOD = {"quant_method": "flexgen"}
-ROOT = Path(__file__).parent.parent
 
 
 def digest(folder: Path) -> dict[str, tuple[str, int]]:
@@ -300,23 +300,14 @@ def test_saving_onto_what_the_model_reads_from_is_refused(tiny_opt: Path, store:
 
 
 # ----------------------------------------------------------------------------------------------------------- pipelines
-@pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a tokenizer: the model that ships with the package."""
-    folder = ROOT / "flexgen_hf" / "assets" / "tiny-opt"
-    if not folder.exists():
-        pytest.skip("the package ships no trained model")
-    return folder
-
-
 TEXTS = ["Once upon a time", "The", "A little girl named Lily went to the", "One day", "Tom"]
 
 
-def test_pipeline_with_a_model(with_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(with_tokenizer, padding_side="left")
+def test_pipeline_with_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_OPT, padding_side="left")
     settings = {"do_sample": False, "max_new_tokens": 8, "batch_size": 3}
-    want = pipeline("text-generation", model=load_plain(with_tokenizer), tokenizer=tokenizer)(TEXTS, **settings)
-    with load_ours(with_tokenizer, offload_folder=tmp_path) as model, caplog.at_level(logging.WARNING):
+    want = pipeline("text-generation", model=load_plain(TINY_OPT), tokenizer=tokenizer)(TEXTS, **settings)
+    with load_ours(TINY_OPT, offload_folder=tmp_path) as model, caplog.at_level(logging.WARNING):
         transformers.logging.enable_propagation()
         got = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(TEXTS, **settings)
         transformers.logging.disable_propagation()
@@ -325,14 +316,14 @@ def test_pipeline_with_a_model(with_tokenizer: Path, tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.parametrize("how", ["model_kwargs", "a store"])
-def test_pipeline_by_name(with_tokenizer: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_pipeline_by_name(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     options = {"quantization_config": {"quant_method": "flexgen", "policy": "20 80 0 100 0 100", "batch_size": 2}}
-    folder = with_tokenizer
+    folder = TINY_OPT
     if how == "a store":
         folder = tmp_path / "saved"
-        with load_ours(with_tokenizer, offload_folder=tmp_path) as model:
+        with load_ours(TINY_OPT, offload_folder=tmp_path) as model:
             model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(with_tokenizer).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(TINY_OPT).save_pretrained(folder)
         options = {}
     with caplog.at_level(logging.WARNING):
         transformers.logging.enable_propagation()
@@ -341,7 +332,7 @@ def test_pipeline_by_name(with_tokenizer: Path, tmp_path: Path, how: str, caplog
         got = made(TEXTS, do_sample=False, max_new_tokens=8, batch_size=3)
         transformers.logging.disable_propagation()
     assert isinstance(made.model, FlexGenForCausalLM)
-    plain = pipeline("text-generation", model=str(with_tokenizer))
+    plain = pipeline("text-generation", model=str(TINY_OPT))
     assert got == [plain(text, do_sample=False, max_new_tokens=8) for text in TEXTS]
     assert "not supported" not in caplog.text
 

@@ -27,6 +27,7 @@ from .comparison import (
     same_values,
     save_tiny,
 )
+from .trained import TINY_OPT
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as most": {},
@@ -152,11 +153,8 @@ def test_the_official_shapes(name: str) -> None:
 
 def test_the_shipped_model_is_an_opt(tmp_path: Path) -> None:
     """Trained weights make sharper distributions than random ones."""
-    folder = Path(__file__).parent.parent / "flexgen_hf" / "assets" / "tiny-opt"
-    if not folder.exists():
-        pytest.skip("the package ships no trained model")
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "opt"
-    plain = load_plain(folder)
-    with load_ours(folder, offload_folder=tmp_path) as ours:
+    assert json.loads((TINY_OPT / "config.json").read_text())["model_type"] == "opt"
+    plain = load_plain(TINY_OPT)
+    with load_ours(TINY_OPT, offload_folder=tmp_path) as ours:
         for mode in (GREEDY, BEAMS):
             same_tokens(plain, ours, mode, ragged(vocabulary=200), max_new_tokens=8)

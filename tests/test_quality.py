@@ -21,8 +21,8 @@ from .checkpoints import opt_config
 from .comparison import as_quantized, load_plain, quantized_in
 from .kept import cache_as_kept
 from .tiny import write_tiny_opt
+from .trained import TINY_OPT
 
-TINY_OPT = Path(quality.__file__).parent / "assets" / "tiny-opt"
 FOUR = Compression(weights=4, cache=4, group_size=32)
 # three windows of 13 tokens in chunks of 5; four prompts of six
 SETTINGS = Settings(max_tokens=40, window=13, chunk=5, prompts=4, prompt_len=6, new_tokens=5)

@@ -12,11 +12,12 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, OPTConfig
 
@@ -275,7 +276,7 @@ class Compute:
     def _times(self, folder: Path, runs: Sequence[_Run]) -> list[_Times]:
         """Medians of each; they take turns, so that what is subtracted had the same machine."""
         times: list[list[_Times]] = [[] for _ in runs]
-        with contextlib.ExitStack() as loaded:
+        with contextlib.ExitStack() as loaded, _without_bars():
             models = [loaded.enter_context(run.loaded(folder, self._device, self.dtype)) for run in runs]
             until = time.perf_counter() + self._seconds * len(runs)
             while len(times[0]) < 2 or time.perf_counter() < until:
@@ -322,6 +323,19 @@ class _Times(NamedTuple):
             statistics.median(sweep.lanes[Lane.COMPUTE.value].busy_s for sweep in sweeps),
             (report.elapsed_s - report.prefill_s - report.decode_s) / len(report.sweeps),
         )
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without those that transformers shows for each of the small models."""
+    bars: Any = transformers.logging
+    were_shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            bars.enable_progress_bar()
 
 
 class _Run(NamedTuple):

@@ -44,6 +44,7 @@ def test_a_machine_is_measured_and_planned_for(tmp_path: Path, threads: int) -> 
         catch_exceptions=False,
     )
     assert result.exit_code == 0, result.output
+    assert all(line.startswith("measuring ") for line in result.output.splitlines()), "and no bars"
     hardware = Hardware.load(file)
     assert hardware.direct
     assert hardware.cached_read is not None

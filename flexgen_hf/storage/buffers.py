@@ -110,11 +110,17 @@ def host_memory(nbytes: int) -> torch.Tensor:
     It goes back to the system with its last tensor. Where the system has huge pages for those who ask, large memory is
     in them: a matrix that is gone through once is limited by how fast its pages are found, too.
     """
-    mapped = _anonymous(max(nbytes, 1))
-    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapped, dtype=torch.uint8)[:nbytes]
+    nbytes = max(nbytes, 1)
+    if nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.frombuffer(_anonymous(nbytes), dtype=torch.uint8)
+    # Address space for one more, so that the first byte can be where a huge page begins; it is never touched, and the
+    # last part of a page is asked for in small ones, so that nobody holds more than the account says.
+    mapped = _anonymous(nbytes + _HUGE_PAGE)
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    first = -memory.data_ptr() % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        mapped.madvise(mmap.MADV_HUGEPAGE, first, round_up(nbytes))
+    return memory[first : first + nbytes]
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:

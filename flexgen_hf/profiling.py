@@ -12,6 +12,7 @@ import itertools
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .planning.budget import rings_of
 from .planning.hardware import Curve, Hardware
 from .policy import Policy, Tier
 from .profiled_compute import SECONDS, Compute, median_of
-from .storage.buffers import Buffer, return_freed_memory
+from .storage.buffers import Buffer, host_memory, return_freed_memory
 from .storage.files import SpillFile
 from .storage.lanes import Lanes, Ticket
 from .storage.ledger import Ledger
@@ -41,6 +42,9 @@ _SPILL_BYTES = 64 * _MIB
 
 # Where in memory requests go, of which two are at work at a time.
 _PLACES = (0, max(_TRANSFERS))
+
+# As much as a small run uses.
+_FRESH_BYTES = 256 * _MIB
 
 
 def measure(
@@ -85,6 +89,7 @@ class _Measuring:
             return_freed_memory()
         disk = self._disk()
         self._said("links and memory")
+        fresh = self._fresh_bytes_per_s(host) if direct else 0.0
         links = {} if direct else self._links()
         copied = self._copied()
         compute = Compute(self._space, self._seconds)
@@ -109,6 +114,7 @@ class _Measuring:
             host_to_device=links.get("host_to_device", copied),
             device_to_host=links.get("device_to_host", copied),
             matmul_flops=products,
+            fresh_bytes_per_s=fresh,
             memory_bytes_per_s=2 * copied.points[-1][1],  # smaller ones stay in a cache
             attention_flops=compute.attention_flops(),
             attention_bytes_per_s=compute.attended_bytes_per_s(self._device),
@@ -197,6 +203,13 @@ class _Measuring:
             return one
 
         return {"host_to_device": self._curve(crossing(True)), "device_to_host": self._curve(crossing(False))}
+
+    def _fresh_bytes_per_s(self, free: int) -> float:
+        """Of memory that the system has to find, once: what it gave back comes faster the second time."""
+        size = min(_FRESH_BYTES, free // 4)
+        started = time.perf_counter()
+        host_memory(size).fill_(1)
+        return size / (time.perf_counter() - started)
 
     def _copied(self) -> Curve:
         def one(size: int) -> float:

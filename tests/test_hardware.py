@@ -20,7 +20,7 @@ from flexgen_hf.planning.schedule import Lane
 OPTIONAL = {
     "cached_read", "cached_write", "cores", "threads", "cast_flops", "packed_flops", "tile_s", "stage_s", "forward_s",
     "packed_attention_elements_per_s", "packed_attention_s", "moved_attention_bytes_per_s", "element_bytes_per_s",
-    "disk_read_limit", "disk_write_limit",
+    "disk_read_limit", "disk_write_limit", "fresh_bytes_per_s",
 }  # fmt: skip
 NUMBERS = {f.name for f in dataclasses.fields(Hardware)} - {"name", "unified", "direct", "sources"} - OPTIONAL
 

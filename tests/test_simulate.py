@@ -294,3 +294,32 @@ def test_a_simulated_limit_is_one_on_average(factor: float) -> None:
     limited = simulate(PlannedRun(shape, preset("cpu2").with_disk_limit(rate, None), policy, workload))
     at_least = max(full.decode_s, read / rate)
     assert at_least * 0.95 <= limited.decode_s <= at_least * 1.1
+
+
+@pytest.mark.parametrize("weights", ["0 0", "0 100"])
+def test_the_first_sweep_uses_memory_for_the_first_time(weights: str) -> None:
+    """As many bytes as its cells, slots and hidden states take; later sweeps use the same ones again."""
+    policy = Policy.parse(f"{weights} 0 100 0 100", batch_size=2, num_batches=3, layer_slots=1)
+    shape = ModelShape.from_config(
+        {"num_hidden_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 99}
+    ).in_dtype("float32")
+    runs = [
+        PlannedRun(shape, dataclasses.replace(preset("cpu2"), fresh_bytes_per_s=speed, cores=cores), policy, workload)
+        for workload in [Workload(64, 5)]
+        for cores in (0, 2)
+        for speed in (0.0, 1e6)
+    ]
+    for usual, fresh in zip(runs[::2], runs[1::2], strict=True):
+        assert not any(usual.fresh_s.values())
+        added = {lane: seconds for lane, seconds in fresh.fresh_s.items() if seconds}
+        cells = sum(need.nbytes for need in fresh.demand.needs(policy, fresh.call) if need.what == "KV cache")
+        assert added[Lane.COMPUTE] >= cells / 1e6 > 0
+        assert (Lane.DISK_TO_HOST in added) == (weights == "0 0")
+        for predicted in (simulate, predict):
+            before, after = predicted(usual), predicted(fresh)
+            assert after.decode_s == pytest.approx(before.decode_s)
+            assert max(before.prefill_s, *added.values()) <= after.prefill_s * 1.001
+            assert after.prefill_s <= 1.001 * before.prefill_s + 2 * sum(added.values())
+            for lane in Lane:
+                grown = after.prefill_lanes[lane] - before.prefill_lanes[lane]
+                assert grown == pytest.approx(added.get(lane, 0.0), rel=0.01, abs=1e-6) or fresh.hardware.cores

@@ -89,6 +89,9 @@ class PlannedRun(TimedRun):
             for lane, seconds in self.hidden_lanes(rows, home, own).items():
                 lanes[lane] += seconds
         lanes[Lane.COMPUTE] += self.head_s()
+        if not sweep.past:
+            for lane, seconds in self.fresh_s.items():
+                lanes[lane] += seconds
         return lanes
 
     def weight_lanes(self, sweep: Sweep) -> Lanes:

@@ -111,6 +111,8 @@ class Hardware:
         packed_attention_s: of a layer of one micro-batch with keys and values in 4 bits, beside going through them.
         element_bytes_per_s: read and written where hidden states are gone through element by element and each result
             is put into new memory, by the bytes of a result; None if it is not known.
+        fresh_bytes_per_s: memory of the host that is used for the first time, which takes a virtual machine long; 0 if
+            it is not known.
         cached_read: reads from the page cache, for comparison; None if it was not measured.
         cached_write: writes into it.
         transfer_s: of a transfer, beside what it moves.
@@ -150,6 +152,7 @@ class Hardware:
     packed_attention_elements_per_s: float = 0.0
     packed_attention_s: float = 0.0
     element_bytes_per_s: Curve | None = None
+    fresh_bytes_per_s: float = 0.0
     disk_read_limit: float = 0.0
     disk_write_limit: float = 0.0
     unified: bool = False
@@ -333,7 +336,7 @@ _CURVES = (
 _MAY_BE_ZERO = (
     "host_attention_bytes_per_s", "tile_s", "transfer_s", "compute_s", "stage_s", "forward_s", "sweep_s", "cores",
     "packed_attention_elements_per_s", "packed_attention_s", "moved_attention_bytes_per_s", "disk_read_limit",
-    "disk_write_limit",
+    "disk_write_limit", "fresh_bytes_per_s",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import PolicyError
@@ -20,6 +20,19 @@ from .shape import LayerShape
 from .workload import Sweep
 
 __all__ = ["TimedRun"]
+
+# The lane that uses memory of the host first: what it fills. Homes of weights were filled by loading; what compute
+# makes on the way comes and goes all the time.
+_FILLED_BY: Mapping[tuple[str, Tier], Lane] = {
+    ("weight slots", Tier.HOST): Lane.DISK_TO_HOST,
+    ("weight slots", Tier.DEVICE): Lane.HOST_TO_DEVICE,
+    ("weight staging", Tier.HOST): Lane.DISK_TO_HOST,
+    ("KV cache", Tier.HOST): Lane.COMPUTE,
+    ("KV cache", Tier.DEVICE): Lane.COMPUTE,
+    ("cache slots", Tier.HOST): Lane.COMPUTE,
+    ("cache slots", Tier.DEVICE): Lane.COMPUTE,
+    ("hidden states", Tier.HOST): Lane.COMPUTE,
+}
 
 _Run = TypeVar("_Run", bound="TimedRun")
 
@@ -42,6 +55,21 @@ class TimedRun(PlacedRun):
     def _seconds(self) -> dict[tuple[Any, ...], float]:
         """What was asked for so far."""
         return {}
+
+    @functools.cached_property
+    def fresh_s(self) -> dict[Lane, float]:
+        """What the first sweep takes longer in each lane, whose buffers are memory that was never used before.
+
+        On a device apart from the host nothing: its memory is given out at once.
+        """
+        seconds = dict.fromkeys(Lane, 0.0)
+        if self.direct and self.hardware.fresh_bytes_per_s:
+            needs = [*self.demand.weights(self.policy.weights), *self.demand.needs(self.policy, self.call)]
+            for need in needs:
+                lane = _FILLED_BY.get((need.what, need.tier))
+                if lane is not None:
+                    seconds[lane] += need.nbytes / self.hardware.fresh_bytes_per_s
+        return seconds
 
     def at_full_speed(self: _Run) -> _Run:
         """The same run with a disk that nothing limits."""

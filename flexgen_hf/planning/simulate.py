@@ -217,12 +217,33 @@ def steps_of(run: PlannedRun, sweeps: Sequence[Sweep]) -> Iterator[Iterator[Step
         yield schedule.steps(traffic, following, run.chooser(sweep))
 
 
+class _FullSpeed:
+    """What steps take on a disk that nothing limits; the first ones of each lane use memory for the first time."""
+
+    def __init__(self, run: PlannedRun, sweeps: Sequence[Sweep]) -> None:
+        self._run, self._sweeps, self._fresh_s = run.at_full_speed(), sweeps, dict(run.fresh_s)
+        # of what a link brings, each byte is new until its buffers were filled once
+        self._slower: dict[Lane, float] = {
+            lane: self._run.hardware.link(lane).best / run.hardware.fresh_bytes_per_s
+            for lane, seconds in self._fresh_s.items()
+            if seconds and lane is not Lane.COMPUTE
+        }
+
+    def __call__(self, step: Step) -> float:
+        seconds, lane = self._run.seconds(step, self._sweeps[step.id.sweep]), step.id.lane
+        fresh_s = min(self._fresh_s[lane], seconds * self._slower.get(lane, math.inf)) if seconds else 0.0
+        self._fresh_s[lane] -= fresh_s
+        return seconds + fresh_s
+
+
 def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False) -> Timeline:
     """Runs sweeps one after the other on a fake clock."""
-    full = run.at_full_speed()
-    throttles = {
-        lane: Throttle(lambda step: full.seconds(step, sweeps[step.id.sweep])) for lane in run.hardware.limited_lanes
-    }
+    limited, full_s = run.hardware.limited_lanes, _FullSpeed(run, sweeps)
+
+    def seconds(step: Step) -> float:
+        return run.seconds(step, sweeps[step.id.sweep]) if step.id.lane in limited else full_s(step)
+
+    throttles = {lane: Throttle(full_s) for lane in limited}
     clock = SharingClock(run.hardware, throttles) if run.hardware.cores else Clock(throttles)
     ends, events = [], list[Event]()
     lanes = [dict.fromkeys(Lane, 0.0) for _ in sweeps]
@@ -234,7 +255,7 @@ def play(run: PlannedRun, sweeps: Sequence[Sweep], *, keep_events: bool = False)
                 events.append(event)
 
     for steps in steps_of(run, sweeps):
-        note(clock.sweep(steps, lambda step: run.seconds(step, sweeps[step.id.sweep]), run.between_s))
+        note(clock.sweep(steps, seconds, run.between_s))
         ends.append(clock.now)
     note(clock.finish())
     return Timeline(tuple(sweeps), tuple(ends), tuple(lanes), tuple(events))

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, MixtralConfig, OPTConfig
 
 from flexgen_hf import Compression, Placement, Policy, PolicyError, Tier
 from flexgen_hf.bench.shapes import shape_fields, write_random_checkpoint
-from flexgen_hf.planning.budget import PINNED_BYTES
+from flexgen_hf.planning.budget import PINNED_BYTES, pages
 from flexgen_hf.planning.cost import PlannedRun, predict
 from flexgen_hf.planning.hardware import Hardware, constant
 from flexgen_hf.planning.presets import preset
@@ -181,6 +181,10 @@ def test_micro_batches_leave_padding_out() -> None:
         assert saved[Lane.COMPUTE] <= 1
         assert saved[Lane.HOST_TO_DISK] == pytest.approx(1 if sweep.past else (128 + 90 + 70) / 3 / 128, rel=0.05)
     assert ragged.peak_bytes == equal.peak_bytes
+    on_disk = dataclasses.replace(policy, hidden=Placement.all_on(Tier.DISK))
+    short, long = (run(on_disk, workload=w).peak_bytes[Tier.DISK] for w in (workload, Workload(128, 32)))
+    token = 2 * ragged.shape.hidden_size * ragged.shape.itemsize  # of the two rows of a micro-batch
+    assert long - short == sum(pages(128 * token) - pages(tokens * token) for tokens in (90, 70))
 
 
 def test_tiles_cost_what_was_measured_of_them() -> None:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from ..policy import Compression, Policy, Tier
-from .budget import Call, Demand, ModelSizes, moves_to_front, rings_of, room_for
+from .budget import Call, Demand, ModelSizes, moves_to_front, pages, rings_of, room_for
 from .hardware import Hardware
 from .layout import Piece, PlannedTensor, WeightLayout, routes_of, tensors_of
 from .placement import spread
@@ -238,7 +238,20 @@ class PlacedRun:
     @functools.cached_property
     def peak_bytes(self) -> dict[Tier, int]:
         """The most that each tier holds."""
-        return self.demand.peak(self.policy, self.call)
+        peak = self.demand.peak(self.policy, self.call)
+        return {**peak, Tier.DISK: peak[Tier.DISK] - self._left_out_on_disk}
+
+    @property
+    def _left_out_on_disk(self) -> int:
+        """Of hidden states on disk, what padding would take that micro-batches leave out."""
+        if self.call.keeps_hidden:
+            return 0
+        whole = Sweep(self.call.tokens, 0)
+        return sum(
+            pages(self.hidden_bytes(rows, whole)) - pages(self.hidden_bytes(rows, self.without_padding(whole, padding)))
+            for rows, padding, home in zip(self.batches, self.paddings, self.hidden, strict=True)
+            if home is Tier.DISK
+        )
 
 
 @functools.lru_cache(maxsize=256)

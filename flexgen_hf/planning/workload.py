@@ -22,7 +22,8 @@ class Workload:
         prompt_len: tokens of each prompt.
         gen_len: tokens written after each.
         num_prompts: how many prompts there are; None for as many as a block takes.
-        lengths: tokens of each prompt without its padding, where they are known: the first ones are those of a block.
+        lengths: tokens of each prompt without its padding, where they are known, of a model whose padding is left out:
+            the first ones are those of a block.
 
     Raises:
         PolicyError: a number below 1, or a prompt that is longer than they are said to be.

@@ -19,8 +19,6 @@ from flexgen_hf.integrations import lm_eval as integration
 from .tiny import load, reference, write_tiny_opt
 from .trained import TINY_OPT
 
-#: a small trained model with a tokenizer
-
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'flexgen_hf[lm-eval]'"
 )

@@ -303,9 +303,9 @@ def test_the_first_sweep_uses_memory_for_the_first_time(weights: str) -> None:
     shape = ModelShape.from_config(
         {"num_hidden_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 99}
     ).in_dtype("float32")
+    workload = Workload(64, 5)
     runs = [
         PlannedRun(shape, dataclasses.replace(preset("cpu2"), fresh_bytes_per_s=speed, cores=cores), policy, workload)
-        for workload in [Workload(64, 5)]
         for cores in (0, 2)
         for speed in (0.0, 1e6)
     ]

@@ -327,14 +327,12 @@ class Measuring:
         """
         held = self._known.setdefault(case.key, [])
         known = next((record for record in held if record["repeat"] == repeat), None)
-        if known is not None and self._again is not None:
-            return known
-        if known is None:
-            self._profile_again()
-        validated = {"key": case.key, "kind": case.kind, **case.predicted(self._hardware)}
         if known is not None:
-            return {**known, "validation": {**known["validation"], **validated}}
-        job = case.ready(self._folder)
+            if self._again is not None:
+                return known
+            return {**known, "validation": {**known["validation"], **self._validated(case)}}
+        self._profile_again()
+        validated, job = self._validated(case), case.ready(self._folder)
         measured = self._run(job, case.limits, timeout_s)
         profile = self._hardware.to_dict()
         record = {
@@ -343,6 +341,9 @@ class Measuring:
         held.append(record)
         self._tell(record)
         return record
+
+    def _validated(self, case: Case) -> dict[str, Any]:
+        return {"key": case.key, "kind": case.kind, **case.predicted(self._hardware)}
 
     def _profile_again(self) -> None:
         if self._again is not None and self._done and self._done % self._again[1] == 0:
